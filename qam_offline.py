@@ -384,8 +384,8 @@ def policy_loss(args: Args, networks: Networks, params: dict, target_params: dic
     value_gradient = jax.grad(lambda a: target_q(observations, jnp.clip(a, -1, 1)).mean(axis=0).sum())(xs[-1])  # (B, D)
     adjoints = lean_adjoint(base, xs[:-1], -args.inv_temp * value_gradient)  # (T, B, D)
     matching_loss = adjoint_matching_loss(fast, base, xs[:-1], adjoints)
-    adjoint_norm = args.inv_temp * jnp.linalg.norm(value_gradient, axis=-1).mean()
-    metrics = {"flow_loss": behaviour_loss, "adjoint_loss": matching_loss, "adjoint_norm": adjoint_norm}
+    adjoint_mean = args.inv_temp * jnp.abs(value_gradient).mean()
+    metrics = {"flow_loss": behaviour_loss, "adjoint_loss": matching_loss, "adjoint_mean": adjoint_mean}
     return behaviour_loss + matching_loss, metrics
 
 
@@ -428,7 +428,7 @@ def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key:
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
     online = {name: params[name] for name in target_params}  # of before this step
     target_params = optax.incremental_update(online, target_params, args.tau)
-    metrics["policy_grad_norm"] = optax.global_norm({name: g for name, g in grads.items() if name != "critic"})
+    metrics["policy_grad_norm"] = optax.tree.norm({name: g for name, g in grads.items() if name != "critic"})
     return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
 
 

@@ -1,0 +1,302 @@
+"""Real runs of qam_offline.py and of the collector, and what they say to bad input."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from functools import partial
+from pathlib import Path
+
+import flax
+import gymnasium
+import jax
+import numpy as np
+import ogbench
+import pytest
+from conftest import DOMAIN, ROOT, command
+
+import qam_offline as qam
+
+SCRIPT = "qam_offline.py"
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args), capture_output=True, text=True, **kwargs)
+
+
+def folder_of(run_dir):
+    (folder,) = run_dir.iterdir()
+    return folder
+
+
+def rows(path):
+    header, *lines = path.read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def resume(folder, dataset_dir, *flags):
+    line = [sys.executable, ROOT / SCRIPT, "--resume", folder, "--dataset-dir", dataset_dir, *flags]
+    return [str(part) for part in line]
+
+
+@pytest.fixture(scope="session")
+def finished(dataset_dir, tmp_path_factory):
+    """A finished tiny run, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("runs")
+    done = run(SCRIPT, dataset_dir, run_dir, "--track")
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir), done.stdout + done.stderr
+
+
+def test_run_folder(finished, dataset_dir):
+    folder, printed = finished
+    metrics, evals = rows(folder / "metrics.csv"), rows(folder / "eval.csv")
+    assert [int(row["step"]) for row in metrics] == [20, 40, 60] and [int(row["step"]) for row in evals] == [30, 60]
+    columns = ["step", "seed", "phase", "success_rate", "return", "length", "episodes", "wall_seconds"]
+    assert list(evals[0]) == columns and evals[0]["episodes"] == "2" and evals[0]["phase"] == "offline"
+    assert {"critic_loss", "flow_loss", "adjoint_loss", "policy_grad_norm", "updates_per_second"} <= set(metrics[0])
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["discount"] == 0.99 and saved["inv_temp"] == 1.0 and saved["sparse"] is False
+    assert saved["data"]["path"] == [str(dataset_dir / f"{DOMAIN}-v0.npz")] and saved["data"]["transitions"] == 3000
+    assert len(saved["data"]["sha256"][0]) == 64 and saved["versions"]["jax"] == jax.__version__
+    assert "discount 0.99" in printed and "hours" in printed or "step 60" in printed
+    assert (folder / "wandb").is_dir()  # --track without a network
+
+
+def test_eval_only_gives_the_same_score_with_any_number_of_processes(finished, dataset_dir, tmp_path):
+    folder, _ = finished
+    scores = []
+    for flags in (["--eval-envs", "1"], ["--eval-envs", "2"]):
+        line = [sys.executable, ROOT / SCRIPT, "--eval-only", folder, *flags, "--eval-episodes", "3"]
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        scores.append(re.search(r"success_rate.*episodes \d+", done.stdout)[0])
+    assert scores[0] == scores[1] and scores[0].endswith("episodes 3")
+
+
+def test_readme_way_to_load_a_checkpoint(finished):
+    folder, _ = finished
+    args, saved = qam.resolve_args(qam.Args(eval_only=str(folder)))
+    networks = qam.make_networks(args, saved["observation_dim"], saved["action_dim"])
+    params = jax.tree.map(lambda x: x[0], qam.load_checkpoint(folder)["states"]["params"])
+    actions = qam.sample_actions(args, networks, params, np.zeros((5, 2), np.float32), jax.random.key(0))
+    assert actions.shape == (5, 4 * 2) and np.abs(actions).max() <= 1
+
+
+LONGER = "--offline-steps 400 --eval-every 200 --checkpoint-every 50 --hidden-dims 8".split()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(dataset_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert run(SCRIPT, dataset_dir, run_dir, *LONGER).returncode == 0
+    return folder_of(run_dir)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_run_ends_as_if_it_had_not_been(uninterrupted, dataset_dir, tmp_path, how):
+    """Interrupted at a random moment and resumed: the same bits as without, no gap or duplicate in the CSV files."""
+    whole, line = uninterrupted, command(SCRIPT, dataset_dir, tmp_path / "cut", *LONGER)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not list((tmp_path / "cut").glob("*/checkpoint.previous.msgpack")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    time.sleep(random.random() / 2)
+    process.send_signal(how)
+    printed = process.communicate()[0]
+    cut = folder_of(tmp_path / "cut")
+    if how != signal.SIGKILL and process.returncode:  # it may have been through already
+        assert process.returncode == 128 + how and f"--resume {cut}" in printed
+    if how == signal.SIGKILL:  # what a torn write leaves behind
+        (cut / "checkpoint.msgpack").write_bytes((cut / "checkpoint.msgpack").read_bytes()[:-9])
+    done = subprocess.run(resume(cut, dataset_dir), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("is damaged" in done.stderr) == (how == signal.SIGKILL)
+    states = [qam.load_checkpoint(folder)["states"] for folder in (whole, cut)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    for file, untimed in (("eval.csv", "wall_seconds"), ("metrics.csv", "updates_per_second")):
+        first, second = (
+            [{k: v for k, v in row.items() if k != untimed} for row in rows(f / file)] for f in (whole, cut)
+        )
+        assert first == second
+
+
+def test_seeds_side_by_side_are_the_seeds_alone(dataset_dir, finished, tmp_path):
+    alone, _ = finished
+    assert run(SCRIPT, dataset_dir, tmp_path, "--num-seeds", "2").returncode == 0
+    both = folder_of(tmp_path)
+    first = [row for row in rows(both / "metrics.csv") if row["seed"] == "1"]
+    for name in ("critic_loss", "flow_loss", "adjoint_loss"):
+        expected = [float(row[name]) for row in rows(alone / "metrics.csv")]
+        np.testing.assert_allclose([float(row[name]) for row in first], expected, rtol=1e-3)
+    assert [row["seed"] for row in rows(both / "eval.csv")] == ["1", "2", "1", "2"]
+
+
+def test_shards_take_turns(dataset_dir, tmp_path):
+    for name in "abc":
+        shutil.copy(dataset_dir / f"{DOMAIN}-v0.npz", tmp_path / f"{name}.npz")
+    done = run(SCRIPT, tmp_path, tmp_path / "runs", "--dataset-replace-every", "7")
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((folder_of(tmp_path / "runs") / "args.json").read_text())
+    assert [Path(path).name for path in saved["data"]["path"]] == ["a.npz", "b.npz", "c.npz"]
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (dict(env_id="cube-duble-play"), "cube-double-play"),
+        (dict(env_id="visual-cube-double-play"), "cube-double-play"),
+        (dict(env_id="powderworld-easy-play"), "state-based"),
+        (dict(env_id="scene-play-task9"), "task1 to task5"),
+        (dict(env_id=""), "nearest"),
+        (dict(eval_episodes=0), "--eval-episodes"),
+        (dict(batch_size=-1), "--batch-size"),
+        (dict(hidden_dims=()), "--hidden-dims"),
+        (dict(discount=1.5), "--discount"),
+        (dict(discount=float("nan")), "--discount"),
+        (dict(flow_steps=1), "--flow-steps"),
+        (dict(learning_rate=0.0), "--learning-rate"),
+        (dict(seed=-1), "--seed"),
+        (dict(resume="/nowhere"), "/nowhere"),
+        (dict(eval_only=str(ROOT / "tests")), "no run"),
+        (dict(dataset_dir=str(ROOT / "tests")), "--dataset-dir"),
+    ],
+)
+def test_bad_flags_end_in_one_sentence(args, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        qam.main(qam.Args(**args))
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in printed and printed.count("\n") == 1
+
+
+def damage(kind, folder):
+    path = folder / f"{DOMAIN}-v0.npz"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+        return
+    arrays = dict(np.load(path))
+    if kind == "foreign":
+        arrays = {"weights": np.zeros(3)}
+    if kind == "nan":
+        arrays["observations"][5] = np.nan
+    if kind == "short":
+        arrays = {field: values[-3:] for field, values in arrays.items()}
+    if kind == "other dimensions":
+        arrays["observations"] = np.zeros((len(arrays["actions"]), 7), np.float32)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "nan", "short", "other dimensions"])
+def test_bad_data_ends_in_one_sentence(kind, dataset_dir, tmp_path, capsys):
+    folder = shutil.copytree(dataset_dir, tmp_path / "data")
+    damage(kind, folder)
+    args = qam.Args(env_id=f"{DOMAIN}-task4", dataset_dir=str(folder), horizon=4, hidden_dims=(8,), num_critics=2)
+    with pytest.raises(SystemExit) as stopped:
+        qam.main(dataclasses.replace(args, run_dir=str(tmp_path / "runs")))
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and str(folder) in printed and printed.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_folders_end_in_one_sentence(finished, dataset_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(SCRIPT, dataset_dir, tmp_path / "file")
+    assert done.returncode == 2 and "--run-dir" in done.stderr and "Traceback" not in done.stderr
+    foreign = shutil.copytree(finished[0], tmp_path / "foreign")
+    saved = json.loads((foreign / "args.json").read_text())
+    (foreign / "args.json").write_text(json.dumps(saved | {"script": "fql"}))
+    done = subprocess.run(resume(foreign, dataset_dir), capture_output=True, text=True)
+    assert done.returncode == 2 and "another script" in done.stderr
+    done = subprocess.run(resume(finished[0], dataset_dir, "--tau", "0.1"), capture_output=True, text=True)
+    assert done.returncode == 2 and "another tau" in done.stderr
+
+
+def test_loss_that_is_not_finite_stops_the_run(dataset_dir, tmp_path):
+    done = run(SCRIPT, dataset_dir, tmp_path, "--learning-rate", "999", "--max-grad-norm", "1e12")
+    assert done.returncode == 1 and re.search(r"error: \w+_loss is not finite at step \d+", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_every_state_based_domain_is_known():
+    domains = "cube-double-play scene-noisy puzzle-4x6-play pointmaze-teleport-stitch antmaze-giant-navigate".split()
+    for domain in [*domains, "humanoidmaze-medium-stitch", "antsoccer-arena-navigate", "antmaze-medium-explore"]:
+        _, environment_id, dataset = qam.split_env_id(domain)
+        assert environment_id in gymnasium.registry and dataset == f"{domain}-v0"
+    assert qam.split_env_id("cube-double-play-singletask-task2-v0")[1] == "cube-double-singletask-task2-v0"
+    assert qam.split_env_id("scene-play-task1")[1] == "scene-singletask-task1-v0"
+
+
+def test_paper_settings_are_resolved():
+    args, _ = qam.resolve_args(qam.Args(env_id="puzzle-4x4-play"))
+    assert (args.horizon, args.discount, args.rho, args.sparse, args.inv_temp) == (5, 0.99, 0.5, True, 30.0)
+    args, _ = qam.resolve_args(qam.Args(env_id="antmaze-medium-navigate", rho=0.1))
+    assert (args.horizon, args.discount, args.rho, args.inv_temp) == (1, 0.99, 0.1, 1.0)
+
+
+def test_collected_data_is_official_in_form_and_the_same_for_any_number_of_workers(dataset_dir, tmp_path):
+    tool = [sys.executable, ROOT / "tools/collect_dataset.py", DOMAIN, "--episodes", "3", "--workers", "1"]
+    process = subprocess.Popen([*tool, "--out-dir", tmp_path], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".*/train_*.npz")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)  # interrupted; the same command goes on
+    process.wait()
+    subprocess.run([*tool, "--out-dir", tmp_path, "--overwrite"], check=True, capture_output=True)
+    for name in (f"{DOMAIN}-v0.npz", f"{DOMAIN}-v0-val.npz"):
+        first, second = np.load(dataset_dir / name), np.load(tmp_path / name)
+        assert first.files == second.files
+        for field in first.files:
+            np.testing.assert_array_equal(first[field], second[field])
+            assert first[field].dtype == (bool if field == "terminals" else np.float32)
+    name = f"{DOMAIN}-singletask-task4-v0"
+    _, train, _ = ogbench.make_env_and_datasets(name, dataset_path=str(dataset_dir / f"{DOMAIN}-v0.npz"))
+    assert len(train["observations"]) == 3000 and set(train) >= {"rewards", "masks", "next_observations"}
+
+
+def test_script_keeps_its_limits():
+    text = (ROOT / SCRIPT).read_text()
+    lines = text.splitlines()
+    sections = {re.search(r"- (\d)\.", line)[1]: i for i, line in enumerate(lines) if re.match(r"# -{20}", line)}
+    assert len(lines) <= 650 and sections["8"] - sections["4"] <= 250
+    block = "\n".join(line[2:] for line in lines[1 : lines.index("# ///", 1)])
+    needed = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(tomllib.loads(block)["dependencies"]) <= set(needed)
+
+
+def test_checkpoint_is_plain_data(finished):
+    """No pickle: the bytes are msgpack, which can't run code when loaded."""
+    content = (finished[0] / "checkpoint.msgpack").read_bytes()
+    assert set(flax.serialization.msgpack_restore(content[32:])) == {"states", "log"}
+
+
+def test_evaluation_never_drops_an_action():
+    """The chunk wrapper against the environment stepped by hand: same seeds, same actions, same result."""
+    env = qam.ChunkedEpisode(f"{DOMAIN.rsplit('-', 1)[0]}-singletask-task4-v0", 4)
+    actions = np.random.default_rng(0).uniform(-1, 1, (250, 4, 2))
+    results = []
+    for chunked in (True, False):
+        observation, _ = env.reset(seed=7)
+        for chunk in actions:
+            if chunked:
+                observation, _, _, truncated, scores = env.step(chunk.ravel())
+            else:
+                for action in chunk:
+                    observation, reward, _, truncated, _ = env.env.step(action)
+        results.append(observation)
+        assert truncated
+    np.testing.assert_array_equal(*results)
+    assert scores["length"] == 1000
+
+
+def test_noise_of_acting_is_bound_to_the_key():
+    args = qam.Args(hidden_dims=(8,), num_critics=2, horizon=2)
+    networks = qam.make_networks(args, 3, 1)
+    params = qam.init_state(args, networks, 3, 1, jax.random.key(0)).params
+    act = partial(qam.sample_actions, args, networks, params, np.ones((4, 3), np.float32))
+    np.testing.assert_array_equal(act(jax.random.key(1)), act(jax.random.key(1)))
+    assert not np.array_equal(act(jax.random.key(1)), act(jax.random.key(2)))
