@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.4", "gymnasium>=1.1", "ogbench>=1.2", "tyro>=0.9",
+# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2", "tyro>=0.9.2",
 #     "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
 # ///
 """Q-learning with Adjoint Matching (QAM), offline (arXiv 2601.14234): python qam_offline.py --env-id cube-double-play
@@ -478,7 +478,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         if self.video and (terminated or truncated):
-            __import__("imageio").mimwrite(self.video, self.frames, fps=20)
+            __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
         return observation, 0.0, terminated, truncated, self.scores
 
 
@@ -590,7 +590,7 @@ def main(args: Args) -> list[dict] | None:
             import wandb
 
             mode = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
-            wandb.init(project=args.wandb_project, name=run_dir.name, dir=run_dir, config=record, mode=mode)
+            wandb.init(project=args.wandb_project, name=run_dir.name, dir=str(run_dir), config=record, mode=mode)
 
         def add_rows(file, rows):
             log[file] += rows
