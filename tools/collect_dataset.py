@@ -337,7 +337,8 @@ def collect(args: Args) -> Path:
     """Collect the set that `args` names; returns the path of the training file. Exits with 2 on bad arguments."""
     recipe = find_recipe(args.name)
     if recipe is None:
-        fail(f"OGBench ships no policy that collects '{args.name}'; it does for {', '.join(recipe_names())}")
+        can = "cube-*, scene and puzzle-* (play, noisy), pointmaze-* (navigate, stitch)"
+        fail(f"OGBench ships no policy that collects '{args.name}'; it does for {can}")
     episodes = recipe.episodes if args.episodes is None else args.episodes
     for flag, value, least in (("--episodes", episodes, 1), ("--workers", args.workers, 1), ("--seed", args.seed, 0)):
         if value < least:
