@@ -36,6 +36,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,21 +134,23 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
     if folder := args.resume or args.eval_only:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
-            assert saved["script"] == Path(__file__).stem
+            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"]
             saved["hidden_dims"] = tuple(saved["hidden_dims"])
-            given = {k: v for k, v in vars(args).items() if v != getattr(Args, k) and v != saved[k]}
+            said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
+            given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
         if changed := given.keys() - MAY_CHANGE:
             fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
-        args = Args(**{k: saved[k] for k in vars(args)} | {"resume": None, "eval_only": None} | given)
+        args = Args(**{k: saved[k] for k in vars(args)} | {"resume": args.resume, "eval_only": args.eval_only} | given)
     domain = split_env_id(args.env_id)[0]
     settings = dict(horizon=5 if domain[:3] in ("cub", "sce", "puz") else 1, discount=0.99, rho=0.5, sparse=False)
     settings |= {"inv_temp": 1.0} | PAPER_SETTINGS.get(domain, {})  # Choice: what stands first, for other domains
     args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
     values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
     bounds = {name: (1, 10**12) for name, value in values.items() if type(value) is int} | {"flow_steps": (2, 1000)}
-    bounds |= {"seed": (0, 2**31 - 10**6), "num_seeds": (1, 10**6), "capture_video": (0, 10**6), "discount": (0, 1)}
+    bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
+    bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
     bounds |= {"tau": (1e-9, 1), "rho": (0, 1e9), "inv_temp": (0, 1e9), "learning_rate": (1e-12, 1e3)}
     for name, (least, most) in (bounds | {"max_grad_norm": (1e-12, 1e12)}).items():
         if not least <= values[name] <= most:
@@ -190,7 +193,7 @@ def find_dataset(args: Args) -> list[Path]:
     name, home = split_env_id(args.env_id)[2], Path("~/.ogbench").expanduser()
     official = home / f"data/{name}.npz"
     if args.dataset_dir is not None:
-        paths = sorted(Path(args.dataset_dir).expanduser().glob("*.npz"))
+        paths = sorted(filter(Path.is_file, Path(args.dataset_dir).expanduser().glob("*.npz")))
         paths = [path for path in paths if path.stem == name] or [path for path in paths if path.stem[-4:] != "-val"]
         return paths or fail(f"--dataset-dir {args.dataset_dir} holds neither {name}.npz nor another npz file")
     if found := [path for path in (official, home / f"collected/{name}.npz") if path.exists()]:
@@ -203,8 +206,7 @@ def find_dataset(args: Args) -> list[Path]:
         print(f"{name}.npz can't be downloaded ({error}).", flush=True)
     finally:
         socket.setdefaulttimeout(None)
-    folders = Path(__file__).resolve().parents[:2]
-    tools = [tool for folder in folders if (tool := folder / "tools/collect_dataset.py").exists()]
+    tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
     if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
         fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
     return [home / f"collected/{name}.npz"]
@@ -214,20 +216,18 @@ def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
     """Read an OGBench file and label it with the task's rewards; numpy arrays, float32. Exits with 2 if it is unfit."""
     try:
         data = ogbench.load_dataset(str(path), add_info=True)
+        bad = [field for field, values in data.items() if not np.isfinite(values).all()]
+        assert not bad, f"{' and '.join(bad)} hold numbers that are not finite"
+        assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
+        dims = [data[field].shape[1:] for field in ("observations", "actions")]
+        assert dims == [(dim,) for dim in env.dims], f"observations and actions are {dims}, not {env.dims}"
+        assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
         relabel_dataset(split_env_id(args.env_id)[1], env, data)
-        dims = data["observations"].shape[1], data["actions"].shape[1]
     except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
-        fail(f"{path} is damaged or no dataset of {args.env_id} ({type(error).__name__}: {error}); replace it")
-    if dims != env.dims:
-        fail(f"{path} has observations and actions of {dims} numbers, but {args.env_id} of {env.dims}")
-    if len(data["rewards"]) < args.horizon:
-        fail(f"{path} has {len(data['rewards'])} transitions, fewer than --horizon {args.horizon}")
+        fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
     data["rewards"] = -(data["rewards"] != 0) if args.sparse else data["rewards"]
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    dataset = Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
-    if bad := [field for field in Dataset._fields if not np.isfinite(getattr(dataset, field)).all()]:
-        fail(f"{path} has numbers in {bad[0]} that are not finite; collect or download it again")
-    return dataset
+    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
 
 # ---------------------------------------------------------------------------------------------------------- 4. networks
@@ -428,7 +428,7 @@ def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key:
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
     online = {name: params[name] for name in target_params}  # of before this step
     target_params = optax.incremental_update(online, target_params, args.tau)
-    metrics["policy_grad_norm"] = optax.tree.norm({name: g for name, g in grads.items() if name != "critic"})
+    metrics |= {"grad_norm": optax.tree.norm(grads), "policy_grad_norm": optax.tree.norm(grads | {"critic": 0.0})}
     return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
 
 
@@ -478,7 +478,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         if self.video and (terminated or truncated):
-            __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
+            self.video = __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
         return observation, 0.0, terminated, truncated, self.scores
 
 
@@ -549,6 +549,8 @@ def main(args: Args) -> list[dict] | None:
     by_seed, everywhere = (NamedSharding(Mesh(devices, "seed"), PartitionSpec(axis)) for axis in ("seed", None))
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.eval_only or Path(args.run_dir) / name)
+    if args.capture_video and not find_spec("imageio_ffmpeg"):
+        fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
     if args.capture_video and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
@@ -576,7 +578,7 @@ def main(args: Args) -> list[dict] | None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     if args.eval_only:
-        return evaluate(args, act, states, envs, run_dir, signals)
+        return evaluate(args, act, states, envs, run_dir, signals) or sys.exit(128 + signals[0])
     record = vars(args) | {"script": Path(__file__).stem, "observation_dim": env.dims[0], "action_dim": env.dims[1]}
     paper = PAPER_SETTINGS.get(split_env_id(args.env_id)[0], {}).get("dataset", "official")
     data = {"path": list(map(str, paths)), "sha256": hashes, "transitions": len(dataset.rewards), "of_paper": paper}
@@ -599,8 +601,8 @@ def main(args: Args) -> list[dict] | None:
             for row in rows if args.track else []:
                 wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
 
-        train = jax.jit(jax.vmap(train, (0, 0, None, None)), donate_argnums=1)
-        train = partial(train.lower(seeds, states, dataset, 1).compile(), seeds)
+        train = partial(jax.jit(jax.vmap(train, (0, 0, None, None)), donate_argnums=1), seeds)
+        states, _ = train(states, dataset, 0)  # compiles
         intervals = [args.log_every, args.eval_every, args.checkpoint_every] + [every] * (len(paths) > 1)
         loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, step, 0.0, None
         upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
@@ -608,11 +610,11 @@ def main(args: Args) -> list[dict] | None:
         while True:
             done, scored = step >= args.offline_steps, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
             due = step > scored and (done or step % args.eval_every == 0)
+            if signals or done or due or (step > 0 and step % args.checkpoint_every == 0):
+                save_checkpoint(run_dir, states, log)
             if due and (rows := evaluate(args, act, states, envs, run_dir, signals)):
                 add_rows("eval.csv", rows)
                 bar.set_description("success " + " ".join(f"{row['success_rate']:.2f}" for row in rows))
-            if signals or done or (step > 0 and step % args.checkpoint_every == 0):
-                save_checkpoint(run_dir, states, log)
             if signals or done:
                 break
             started = time.time()
@@ -622,10 +624,8 @@ def main(args: Args) -> list[dict] | None:
             step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
             if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
                 fail(f"{bad[0]} is not finite at step {last}; {run_dir} keeps the checkpoint from before, if any", 1)
-            busy, dispatch = (
-                busy + seconds,
-                max(1, int(1.5 * num_steps / seconds)),
-            )  # Choice: 1.5 s, for a prompt Ctrl-C
+            busy += seconds
+            dispatch = max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, for a prompt Ctrl-C
             if left is None and busy > 1:
                 left = (args.offline_steps - step) * seconds / num_steps / 3600
                 tqdm.write(f"about {left:.2g} hours on this {record['device']}; see README for sizes that fit")

@@ -100,20 +100,26 @@ def test_gradients_match_the_reference(case, name):
 
 
 def test_critic_loss_and_policy_loss_are_those_equations(case, monkeypatch):
-    """The functions that draw noise give the reference's losses when the draws are the reference's."""
-    arrays, args, batch = case["arrays"], case["args"], case["batch"]
-    draws = {(8, 6): iter(["bc_x0", "sde_x0"]), (9, 8, 6): iter(["sde"])}
-    shared = (args, case["networks"], case["params"], case["target_params"], batch)
-    target_q = partial(case["networks"].critic.apply, {"params": case["target_params"]["critic"]})
+    """The functions that draw noise give the reference's losses and gradients when the draws are the reference's."""
+    arrays, args, networks, batch = case["arrays"], case["args"], case["networks"], case["batch"]
+    draws = {(8, 6): iter(["next_action", "bc_x0", "sde_x0"]), (9, 8, 6): iter(["sde"])}
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.asarray(arrays["noise/bc_t"]))
     monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.asarray(arrays[f"noise/{next(draws[shape])}"]))
-    _, metrics = qam.policy_loss(*shared, None, target_q, jax.random.key(0))
+    target_q = partial(networks.critic.apply, {"params": case["target_params"]["critic"]})
+
+    def losses(params):
+        shared, key = (args, networks, params, case["target_params"], batch), jax.random.key(0)
+        loss_q, metrics_q = qam.critic_loss(*shared, key)
+        loss_pi, metrics_pi = qam.policy_loss(*shared, None, target_q, key)
+        return loss_q + loss_pi, metrics_q | metrics_pi
+
+    grads, metrics = jax.grad(losses, has_aux=True)(case["params"])
+    close(metrics["critic_loss"], arrays["info/critic/critic_loss"])
     close(metrics["flow_loss"], arrays["info/actor/flow_loss"])
     close(metrics["adjoint_loss"], arrays["info/actor/adj_loss"])
     close(metrics["adjoint_mean"], arrays["info/actor/adj_mean"])
-    draws[(8, 6)] = iter(["next_action"])
-    loss, _ = qam.critic_loss(*shared, jax.random.key(0))
-    close(loss, arrays["info/critic/critic_loss"])
+    for name, key in REFERENCE.items():
+        close(grads[name], nested(arrays, "grad")[key])
 
 
 def test_adjoint_through_an_affine_flow_is_its_closed_form():

@@ -65,12 +65,13 @@ def test_run_folder(finished, dataset_dir):
     assert saved["discount"] == 0.99 and saved["inv_temp"] == 1.0 and saved["sparse"] is False
     assert saved["data"]["path"] == [str(dataset_dir / f"{DOMAIN}-v0.npz")] and saved["data"]["transitions"] == 3000
     assert len(saved["data"]["sha256"][0]) == 64 and saved["versions"]["jax"] == jax.__version__
-    assert "discount 0.99" in printed and "hours" in printed or "step 60" in printed
+    assert "discount 0.99" in printed and "step 60  seed 1  phase offline  success_rate" in printed
     assert (folder / "wandb").is_dir()  # --track without a network
 
 
-def test_eval_only_gives_the_same_score_with_any_number_of_processes(finished, dataset_dir, tmp_path):
-    folder, _ = finished
+def test_eval_only_gives_the_same_score_with_any_number_of_processes(finished, tmp_path):
+    """The untrained policy's score is 0 anyway, so the last action of each episode is compared too."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
     scores = []
     for flags in (["--eval-envs", "1"], ["--eval-envs", "2"]):
         line = [sys.executable, ROOT / SCRIPT, "--eval-only", folder, *flags, "--eval-episodes", "3"]
@@ -78,6 +79,34 @@ def test_eval_only_gives_the_same_score_with_any_number_of_processes(finished, d
         assert done.returncode == 0, done.stderr
         scores.append(re.search(r"success_rate.*episodes \d+", done.stdout)[0])
     assert scores[0] == scores[1] and scores[0].endswith("episodes 3")
+
+
+class Recorded(qam.ChunkedEpisode):
+    """Tells each episode's fate in a number that depends on every action: the return is a sum of its actions."""
+
+    def step(self, chunk):
+        observation, reward, terminated, truncated, scores = super().step(chunk)
+        self.scores["return"] += float(np.sum(chunk))
+        return observation, reward, terminated, truncated, scores
+
+
+def test_an_episode_depends_on_its_number_alone(finished):
+    folder, _ = finished
+    args, saved = qam.resolve_args(qam.Args(eval_only=str(folder), eval_episodes=3))
+    networks = qam.make_networks(args, saved["observation_dim"], saved["action_dim"])
+    states = qam.load_checkpoint(folder)["states"]
+    states = qam.TrainState(states["params"], None, None, states["step"])
+    act = lambda params, s, key: qam.sample_actions(args, networks, params, s[None].astype(np.float32), key)[0]
+    make = partial(Recorded, f"{DOMAIN.rsplit('-', 1)[0]}-singletask-task4-v0", args.horizon)
+    returns = []
+    for num_envs in (1, 2):
+        mode = gymnasium.vector.AutoresetMode.DISABLED
+        envs = gymnasium.vector.AsyncVectorEnv([make] * num_envs, context="spawn", autoreset_mode=mode)
+        (row,) = qam.evaluate(args, jax.jit(jax.vmap(act, (None, 0, 0))), states, envs, folder, [])
+        returns.append(row["return"])
+        envs.close()
+        assert row["episodes"] == 3
+    assert returns[0] == pytest.approx(returns[1], rel=1e-4) and returns[0] != -1000
 
 
 def test_readme_way_to_load_a_checkpoint(finished):
@@ -118,6 +147,8 @@ def test_stopped_run_ends_as_if_it_had_not_been(uninterrupted, dataset_dir, tmp_
     done = subprocess.run(resume(cut, dataset_dir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("is damaged" in done.stderr) == (how == signal.SIGKILL)
+    again = subprocess.run(resume(cut, dataset_dir), capture_output=True, text=True)
+    assert again.returncode == 0 and "damaged" not in again.stderr, again.stderr
     states = [qam.load_checkpoint(folder)["states"] for folder in (whole, cut)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     for file, untimed in (("eval.csv", "wall_seconds"), ("metrics.csv", "updates_per_second")):
@@ -139,12 +170,34 @@ def test_seeds_side_by_side_are_the_seeds_alone(dataset_dir, finished, tmp_path)
 
 
 def test_shards_take_turns(dataset_dir, tmp_path):
-    for name in "abc":
-        shutil.copy(dataset_dir / f"{DOMAIN}-v0.npz", tmp_path / f"{name}.npz")
-    done = run(SCRIPT, tmp_path, tmp_path / "runs", "--dataset-replace-every", "7")
+    """Two shards of different length and rewards: the losses are those of a run on each shard's steps."""
+    arrays = dict(np.load(dataset_dir / f"{DOMAIN}-v0.npz"))
+    for name, episodes in (("a", 1), ("b", 2)):
+        np.savez(tmp_path / f"{name}.npz", **{field: values[: 1001 * episodes] for field, values in arrays.items()})
+    done = run(SCRIPT, tmp_path, tmp_path / "runs", "--dataset-replace-every", "20")
     assert done.returncode == 0, done.stderr
-    saved = json.loads((folder_of(tmp_path / "runs") / "args.json").read_text())
-    assert [Path(path).name for path in saved["data"]["path"]] == ["a.npz", "b.npz", "c.npz"]
+    folder = folder_of(tmp_path / "runs")
+    names = [Path(path).name for path in json.loads((folder / "args.json").read_text())["data"]["path"]]
+    assert names == ["a.npz", "b.npz"]
+    first = names[np.random.default_rng(1).permutation(2)[0]]
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / first, tmp_path / "one")
+    assert run(SCRIPT, tmp_path / "one", tmp_path / "alone").returncode == 0
+    losses = [[row["critic_loss"] for row in rows(f / "metrics.csv")] for f in (folder, folder_of(tmp_path / "alone"))]
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+
+
+def test_video_of_an_evaluation_episode(finished, tmp_path):
+    """One mp4 of 1000 frames at most, written once, although the other process still plays."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    env = qam.ChunkedEpisode(f"{DOMAIN.rsplit('-', 1)[0]}-singletask-task4-v0", 4)
+    env.unwrapped.render = lambda: np.zeros((16, 16, 3), np.uint8)  # no display is needed for this test
+    env.reset(seed=0, options={"videos": {0: str(folder / "episode.mp4")}})
+    for _ in range(250):
+        env.step(np.zeros(8))
+    written = (folder / "episode.mp4").stat()
+    env.step(np.zeros(8))
+    assert written.st_size > 0 and (folder / "episode.mp4").stat().st_mtime_ns == written.st_mtime_ns
 
 
 @pytest.mark.parametrize(
@@ -184,7 +237,9 @@ def damage(kind, folder):
     if kind == "foreign":
         arrays = {"weights": np.zeros(3)}
     if kind == "nan":
-        arrays["observations"][5] = np.nan
+        arrays["qpos"][5] = np.nan
+    if kind == "open end":
+        arrays["terminals"][-1] = False
     if kind == "short":
         arrays = {field: values[-3:] for field, values in arrays.items()}
     if kind == "other dimensions":
@@ -192,11 +247,11 @@ def damage(kind, folder):
     np.savez(path, **arrays)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "foreign", "nan", "short", "other dimensions"])
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "nan", "open end", "short", "other dimensions"])
 def test_bad_data_ends_in_one_sentence(kind, dataset_dir, tmp_path, capsys):
     folder = shutil.copytree(dataset_dir, tmp_path / "data")
     damage(kind, folder)
-    args = qam.Args(env_id=f"{DOMAIN}-task4", dataset_dir=str(folder), horizon=4, hidden_dims=(8,), num_critics=2)
+    args = qam.Args(env_id=f"{DOMAIN}-task4", dataset_dir=str(folder), horizon=4, hidden_dims=(8,), offline_steps=1)
     with pytest.raises(SystemExit) as stopped:
         qam.main(dataclasses.replace(args, run_dir=str(tmp_path / "runs")))
     printed = capsys.readouterr().err

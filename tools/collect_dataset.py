@@ -346,9 +346,12 @@ def collect(args: Args) -> Path:
     counts = (episodes, max(episodes // 10, 1))
     out_dir = args.out_dir.expanduser()
     path, val_path = out_dir / f"{recipe.name}.npz", out_dir / f"{recipe.name}-val.npz"
-    there = json.loads(path.with_suffix(".json").read_text())["episodes"] if path.with_suffix(".json").exists() else 0
+    try:
+        there = json.loads(path.with_suffix(".json").read_text())["episodes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        there = float("inf")  # not known: not ours to replace
     if path.exists() and there >= episodes and not args.overwrite:
-        fail(f"{path} is already there with {there} episodes; give --overwrite to replace it, or another --out-dir")
+        fail(f"{path} is already there; give --overwrite to replace it, or another --out-dir")
     if episodes < recipe.episodes:
         print(f"{episodes} episodes of {recipe.name} instead of the official {recipe.episodes}: expect lower success.")
         print(f"For a set of the official size: python tools/collect_dataset.py {recipe.name[:-3]}", flush=True)
@@ -376,19 +379,17 @@ def collect(args: Args) -> Path:
             for _ in pool.imap_unordered(run_worker, missing):
                 bar.update(recipe.steps)
             bar.close()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        fail(f"writing to {out_dir} failed ({error.strerror}); free some space and give the same command again")
-    seconds = time.time() - started
-    train = assemble(parts, 0, counts[0])
-    report = settings | {"episodes": counts[0], "steps_per_second": round(len(missing) * recipe.steps / seconds, 1)}
-    report |= {"workers": args.workers, "report": describe(recipe, train)}
-    try:
+        seconds = time.time() - started
+        train = assemble(parts, 0, counts[0])
+        report = settings | {"episodes": counts[0], "steps_per_second": round(len(missing) * recipe.steps / seconds, 1)}
+        report |= {"workers": args.workers, "report": describe(recipe, train)}
+        path.with_suffix(".json").unlink(missing_ok=True)
         write_npz(val_path, assemble(parts, 1, counts[1]))
         write_npz(path, train)
         path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         fail(f"writing to {out_dir} failed ({error.strerror}); free some space and give the same command again")
     shutil.rmtree(parts)
