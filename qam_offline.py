@@ -638,7 +638,7 @@ def main(args: Args) -> list[dict] | None:
                 logged, busy = step, 0.0
             if upcoming and step % every == 0:
                 dataset, upcoming = jax.device_put(upcoming.result(), everywhere), loader.submit(shard, step + every)
-        bar.close(), envs.close()
+        bar.close(), envs.close(terminate=True)  # also when the signal has reached its processes
     except OSError as error:
         fail(f"writing to {run_dir} failed ({error}); what was saved there before is whole. See --run-dir and --resume")
     if signals:
