@@ -16,9 +16,9 @@ With T steps of size h = 1/T at t_i = i/T, the equations, by the numbers that th
 (5) adjoint     g = -inv_temp grad_a mean_K Q'(s, a) at a = x_T, then backwards through the behaviour flow
                 g <- g + h J^T g,   J = d/dx [2 v_slow'(s, x, t_i + h) - x / (t_i + h)] at x_i
 (6) matching    L_AM = mean_B sum_i || (2 / sigma_i) (v_fast - v_slow')(s, x_i, t_i) + sigma_i g_i ||^2
-Q' and v_slow' are target copies. (6) is regression; no gradient flows through the rollout, so many steps are as stable
-as one. At its optimum, as h -> 0, fast samples from pi_slow(a|s) exp(inv_temp Q(s, a)) / Z.
-Shapes: B batch, O observation, A action, D = H A, K critics, N transitions. "Choice:" marks what the paper leaves open.
+Q' and v_slow' are target copies. (6) is regression: no gradient flows through the rollout, however many its steps. Its
+optimum, as h -> 0, samples from pi_slow(a|s) exp(inv_temp Q(s, a)) / Z. "Choice:" marks what the paper leaves open.
+Shapes: B batch, O observation, A action, D = H A, K critics, N transitions.
 """
 
 import dataclasses
@@ -50,7 +50,6 @@ import ogbench
 import optax
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------------- 2. arguments
@@ -66,6 +65,7 @@ PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other dom
     "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
     "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
 }
+COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # this algorithm's own: value for other domains, least, most
 MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
 MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
 
@@ -135,7 +135,7 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
             assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"]
-            saved["hidden_dims"] = tuple(saved["hidden_dims"])
+            saved["hidden_dims"] = tuple(map(int, saved["hidden_dims"]))
             said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
             given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
@@ -145,15 +145,16 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
         args = Args(**{k: saved[k] for k in vars(args)} | {"resume": args.resume, "eval_only": args.eval_only} | given)
     domain = split_env_id(args.env_id)[0]
     settings = dict(horizon=5 if domain[:3] in ("cub", "sce", "puz") else 1, discount=0.99, rho=0.5, sparse=False)
-    settings |= {"inv_temp": 1.0} | PAPER_SETTINGS.get(domain, {})  # Choice: what stands first, for other domains
+    settings |= {name: value for name, (value, *_) in COEFFICIENTS.items()} | PAPER_SETTINGS.get(domain, {})
     args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
     values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
-    bounds = {name: (1, 10**12) for name, value in values.items() if type(value) is int} | {"flow_steps": (2, 1000)}
+    bounds = {field.name: (1, 10**12) for field in dataclasses.fields(Args) if field.type is int}
     bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
     bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
-    bounds |= {"tau": (1e-9, 1), "rho": (0, 1e9), "inv_temp": (0, 1e9), "learning_rate": (1e-12, 1e3)}
-    for name, (least, most) in (bounds | {"max_grad_norm": (1e-12, 1e12)}).items():
-        if not least <= values[name] <= most:
+    bounds |= {"flow_steps": (2, 1000), "tau": (1e-9, 1), "rho": (0, 1e9), "learning_rate": (1e-12, 1e3)}
+    bounds |= {"max_grad_norm": (1e-12, 1e12)} | {name: limits for name, (_, *limits) in COEFFICIENTS.items()}
+    for name, (least, most) in bounds.items():
+        if type(values[name]) not in (int, float) or not least <= values[name] <= most:
             fail(f"--{name.replace('_', '-')} must be from {least} to {most}, not {values[name]}")
     return args, saved
 
@@ -204,8 +205,6 @@ def find_dataset(args: Args) -> list[Path]:
         return [official]
     except OSError as error:
         print(f"{name}.npz can't be downloaded ({error}).", flush=True)
-    finally:
-        socket.setdefaulttimeout(None)
     tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
     if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
         fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
@@ -216,13 +215,12 @@ def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
     """Read an OGBench file and label it with the task's rewards; numpy arrays, float32. Exits with 2 if it is unfit."""
     try:
         data = ogbench.load_dataset(str(path), add_info=True)
-        bad = [field for field, values in data.items() if not np.isfinite(values).all()]
-        assert not bad, f"{' and '.join(bad)} hold numbers that are not finite"
+        assert not (bad := [k for k, v in data.items() if not np.isfinite(v).all()]), f"{bad} are not finite throughout"
         assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
         dims = [data[field].shape[1:] for field in ("observations", "actions")]
         assert dims == [(dim,) for dim in env.dims], f"observations and actions are {dims}, not {env.dims}"
         assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
-        relabel_dataset(split_env_id(args.env_id)[1], env, data)
+        ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
     except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
         fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
     data["rewards"] = -(data["rewards"] != 0) if args.sparse else data["rewards"]
@@ -286,9 +284,9 @@ def make_networks(args: Args, observation_dim: int, action_dim: int) -> Networks
 
 # -------------------------------------------------------------------------------------------------------- 5. the policy
 def sample_ode(velocity, x0: jax.Array, num_steps: int) -> jax.Array:
-    """Equation (3): x0 (..., D) noise -> (..., D) action chunk, not clipped."""
-    h = 1 / num_steps
-    return jax.lax.fori_loop(0, num_steps, lambda i, x: x + h * velocity(x, jnp.full((*x.shape[:-1], 1), i * h)), x0)
+    """Equation (3): x0 (..., D) noise -> (..., D) action chunk, not clipped. Choice: `unroll`, docs/performance.md."""
+    step = lambda x, t: (x + velocity(x, jnp.full((*x.shape[:-1], 1), t)) / num_steps, None)
+    return jax.lax.scan(step, x0, jnp.arange(num_steps) / num_steps, unroll=10)[0]
 
 
 def memoryless_sigma(t, h):
@@ -306,7 +304,7 @@ def sample_memoryless_sde(velocity, base_velocity, x0: jax.Array, noise: jax.Arr
         x_next = x + h * drift + jnp.sqrt(h) * memoryless_sigma(t, h) * noise_i
         return x_next, x_next
 
-    x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise))  # xs (T-1, B, D): x_1 .. x_{T-1}
+    x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)  # (T-1, B, D): x_1 .. x_{T-1}
     x_last = x + h * base_velocity(x, jnp.full((*x.shape[:-1], 1), 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
 
@@ -315,22 +313,29 @@ def lean_adjoint(base_velocity, xs: jax.Array, terminal_adjoint: jax.Array) -> j
     """Equation (5): states x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> adjoints g_0 .. g_{T-1} (T, B, D)."""
     h = 1 / len(xs)
 
-    def step(g, t_and_x):
-        t, x = t_and_x
-        t_next = jnp.full((*x.shape[:-1], 1), t + h)
-        _, pull_back = jax.vjp(lambda x: 2 * base_velocity(x, t_next) - x / t_next, x)
+    def linearise(x, t):  # x_i (B, D), t_i + h -> the map from g to J^T g
+        return jax.vjp(lambda x: 2 * base_velocity(x, jnp.full((*x.shape[:-1], 1), t)) - x / t, x)[1]
+
+    def step(g, pull_back):
         g = g + h * pull_back(g)[0]
         return g, g
 
-    return jax.lax.scan(step, terminal_adjoint, (jnp.arange(len(xs)) * h, xs), reverse=True)[1]
+    pull_backs = jax.vmap(linearise)(xs, (jnp.arange(len(xs)) + 1) * h)  # all T at once; only g goes step by step
+    return jax.lax.scan(step, terminal_adjoint, pull_backs, reverse=True, unroll=10)[1]
+
+
+def policy(args: Args, networks: Networks, params: dict, observations: jax.Array, noise: jax.Array) -> jax.Array:
+    """The policy: observations (..., O), noise (..., D) -> chunks (..., D) in [-1, 1] by fast, equation (3)."""
+    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
+    return jnp.clip(sample_ode(fast, noise, args.flow_steps), -1, 1)
 
 
 def sample_actions(args: Args, networks: Networks, params: dict, observations: jax.Array, key: jax.Array) -> jax.Array:
     """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by the mean critic."""
-    x0 = jax.random.normal(key, (args.best_of_n, len(observations), networks.fast.action_dim))
+    action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
+    noise = jax.random.normal(key, (args.best_of_n, len(observations), action_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
-    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
-    actions = jnp.clip(sample_ode(fast, x0, args.flow_steps), -1, 1)  # (n, B, D)
+    actions = policy(args, networks, params, observations, noise)  # (n, B, D)
     if args.best_of_n == 1:
         return actions[0]
     q = networks.critic.apply({"params": params["critic"]}, observations, actions).mean(axis=0)  # (n, B)
@@ -344,10 +349,9 @@ def td_target(rewards: jax.Array, masks: jax.Array, next_q: jax.Array, discount_
 
 
 def critic_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, key: jax.Array):
-    """Equation (1) with a' from fast: (loss, metrics)."""
-    x0 = jax.random.normal(key, batch.actions.shape)
-    fast = partial(networks.fast.apply, {"params": params["fast"]}, batch.next_observations)
-    next_actions = jax.lax.stop_gradient(jnp.clip(sample_ode(fast, x0, args.flow_steps), -1, 1))  # (B, D)
+    """Equation (1): (loss, metrics)."""
+    noise, acting = jax.random.normal(key, batch.actions.shape), params | {"target": target_params}
+    next_actions = jax.lax.stop_gradient(policy(args, networks, acting, batch.next_observations, noise))  # a' (B, D)
     next_q = networks.critic.apply({"params": target_params["critic"]}, batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)  # (K, B)
@@ -391,8 +395,8 @@ def policy_loss(args: Args, networks: Networks, params: dict, target_params: dic
 
 # ---------------------------------------------------------------------------------------------------------- 7. training
 class TrainState(NamedTuple):
-    params: dict  # by network: critic, slow, fast
-    target_params: dict  # critic, slow
+    params: dict  # by network
+    target_params: dict  # of those networks that have a slow copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
 
@@ -403,21 +407,20 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 
 def init_state(args: Args, networks: Networks, observation_dim: int, action_dim: int, key: jax.Array) -> TrainState:
-    """Fresh parameters; targets start as copies, fast independent of slow; `action_dim` is A."""
-    keys = dict(zip(("critic", "slow", "fast"), jax.random.split(key, 3), strict=True))
+    """Fresh parameters, each network's independent of the others'; targets start as copies; `action_dim` is A."""
+    keys = dict(zip(networks._fields, jax.random.split(key, len(networks)), strict=True))
     s, a, t = jnp.zeros((1, observation_dim)), jnp.zeros((1, args.horizon * action_dim)), jnp.zeros((1, 1))
-    params = {name: getattr(networks, name).init(keys[name], s, a, t)["params"] for name in ("slow", "fast")}
-    params["critic"] = networks.critic.init(keys["critic"], s, a)["params"]
+    inputs = {"critic": (s, a), "slow": (s, a, t), "fast": (s, a, t)}
+    params = {name: getattr(networks, name).init(keys[name], *inputs[name])["params"] for name in inputs}
     target_params = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "slow")}
     return TrainState(params, target_params, make_optimizer(args).init(params), jnp.zeros((), jnp.int32))
 
 
 def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
-    """One gradient step on L_Q + L_BC + L_AM: (state, metrics)."""
+    """One gradient step on both losses; targets move towards the parameters of before it: (state, metrics)."""
     key_critic, key_policy = jax.random.split(key)
     params, target_params = state.params, state.target_params
-    q = partial(networks.critic.apply, {"params": params["critic"]})  # no gradient reaches these parameters
-    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
+    q, target_q = (partial(networks.critic.apply, {"params": p["critic"]}) for p in (params, target_params))  # fixed
 
     def total_loss(params):
         loss_q, metrics_q = critic_loss(args, networks, params, target_params, batch, key_critic)
@@ -426,8 +429,7 @@ def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key:
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(params)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
-    online = {name: params[name] for name in target_params}  # of before this step
-    target_params = optax.incremental_update(online, target_params, args.tau)
+    target_params = optax.incremental_update({k: params[k] for k in target_params}, target_params, args.tau)
     metrics |= {"grad_norm": optax.tree.norm(grads), "policy_grad_norm": optax.tree.norm(grads | {"critic": 0.0})}
     return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
 
@@ -435,20 +437,18 @@ def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key:
 def train_steps(args: Args, networks: Networks, state: TrainState, dataset: Dataset, num_steps):
     """`num_steps` updates, for main to jit as one call: (state, metrics of the last, or of the first not finite)."""
 
-    def one_update(state):
+    def one_update(_, carry):
+        state, before = carry
         key_indices, key_update = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), state.step))
         indices = jax.random.randint(key_indices, (args.batch_size,), 0, len(dataset.rewards) - args.horizon + 1)
         batch = gather_chunks(dataset, indices, args.horizon, args.discount)
         state, metrics = update(args, networks, state, batch, key_update)
-        return state, metrics | {"step": state.step}
+        metrics |= {"step": state.step}
+        finite = jnp.isfinite(jnp.array(list(before.values()))).all()
+        return state, jax.tree.map(partial(jnp.where, finite), metrics, before or metrics)
 
-    def body(_, carry):
-        finite = jnp.isfinite(jnp.stack(list(carry[1].values()))).all()
-        state, metrics = one_update(carry[0])
-        return state, jax.tree.map(partial(jnp.where, finite), metrics, carry[1])
-
-    metrics = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(one_update, state)[1])
-    return jax.lax.fori_loop(0, num_steps, body, (state, metrics))
+    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_update, 0, (state, {}))[1])
+    return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
 
 
 # ------------------------------------------------------------------------------------------------- 8. evaluation, files
@@ -486,9 +486,9 @@ def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorE
     """Score act(params, observations (E, O), keys (E,)) -> (E, H*A) by seed: rows of eval.csv, or [] after a signal."""
     rows, step, num_envs = [], int(states.step[0]), envs.num_envs
     for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
-        started, results, params = time.time(), [], jax.tree.map(lambda x: x[i], states.params)  # noqa: B023
+        params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
         videos = {e: f"{run_dir}/videos/step_{step}_seed_{seed}_{e}.mp4" for e in range(args.capture_video)}
-        key = jax.random.fold_in(jax.random.key(seed), 2**32 - 2)  # no gradient step has this number
+        key, started, results = jax.random.fold_in(jax.random.key(seed), 2**32 - 2), time.time(), []  # of no update
         episodes, chunks = np.arange(num_envs), np.zeros(num_envs, int)  # process i: i, i + E, .., a quota fixed here
         playing = restart = np.ones(num_envs, bool)
         while playing.any():
@@ -549,10 +549,9 @@ def main(args: Args) -> list[dict] | None:
     by_seed, everywhere = (NamedSharding(Mesh(devices, "seed"), PartitionSpec(axis)) for axis in ("seed", None))
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.resume or args.eval_only or Path(args.run_dir) / name)
-    if args.capture_video and not find_spec("imageio_ffmpeg"):
-        fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
-    if args.capture_video and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    if args.capture_video:
+        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
+        find_spec("imageio_ffmpeg") or fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
     make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
     env = make_env()
     networks = make_networks(args, *env.dims)
@@ -566,7 +565,7 @@ def main(args: Args) -> list[dict] | None:
     states, step = jax.device_put(states, by_seed), int(states.step[0])
     if not args.eval_only:
         paths = find_dataset(args)
-        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
         if saved and hashes != saved["data"]["sha256"]:
             fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
         order, every = np.random.default_rng(args.seed).permutation(len(paths)), args.dataset_replace_every
@@ -614,7 +613,8 @@ def main(args: Args) -> list[dict] | None:
                 save_checkpoint(run_dir, states, log)
             if due and (rows := evaluate(args, act, states, envs, run_dir, signals)):
                 add_rows("eval.csv", rows)
-                bar.set_description("success " + " ".join(f"{row['success_rate']:.2f}" for row in rows))
+                rates = [row["success_rate"] for row in rows]
+                bar.set_description(f"success {np.mean(rates):.2f} ± {np.std(rates):.2f}")
             if signals or done:
                 break
             started = time.time()
@@ -637,6 +637,7 @@ def main(args: Args) -> list[dict] | None:
                 add_rows("metrics.csv", [{"step": step, "seed": args.seed + i} | row for i, row in enumerate(values)])
                 logged, busy = step, 0.0
             if upcoming and step % every == 0:
+                dataset = None  # two shards in memory, never three
                 dataset, upcoming = jax.device_put(upcoming.result(), everywhere), loader.submit(shard, step + every)
         bar.close(), envs.close(terminate=True)  # also when the signal has reached its processes
     except OSError as error:
