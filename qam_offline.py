@@ -5,9 +5,8 @@
 # ///
 """Q-learning with Adjoint Matching (QAM), offline (arXiv 2601.14234): python qam_offline.py --env-id cube-double-play
 
-A critic Q is learned by temporal differences, and beside it two flow policies: "slow" imitates the data, "fast" is slow
-moved towards high Q. Both turn noise x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), t from 0 to 1.
-With T steps of size h = 1/T at t_i = i/T, the equations, by the numbers that the code refers to:
+A critic Q is learned by temporal differences, and two flow policies: "slow" imitates the data, "fast" is slow moved to
+high Q. Both turn noise x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps h = 1/T, t_i = i/T:
 (1) critic      y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'));   L_Q = mean (Q_k(s, a) - y)^2
 (2) behaviour   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_slow(s, x_t, t) - (a - x_0))^2
 (3) sampling    x_{i+1} = x_i + h v(s, x_i, t_i)
