@@ -6,10 +6,10 @@
 """Q-learning with Adjoint Matching (QAM), offline (arXiv 2601.14234): python qam_offline.py --env-id cube-double-play
 
 A critic Q is learned by temporal differences, and two flow policies: "slow" imitates the data, "fast" is slow moved to
-high Q. Both turn noise x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps h = 1/T, t_i = i/T:
+high Q. Both turn noise x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), T steps of h = 1/T:
 (1) critic      y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'));   L_Q = mean (Q_k(s, a) - y)^2
 (2) behaviour   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_slow(s, x_t, t) - (a - x_0))^2
-(3) sampling    x_{i+1} = x_i + h v(s, x_i, t_i)
+(3) sampling    x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h
 (4) rollout     x_{i+1} = x_i + h (2 v_fast(s, x_i, t_i) - x_i / (t_i + h)) + sqrt(h) sigma_i noise_i
                 sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h)), the noise under which x_T does not remember x_0
 (5) adjoint     g = -inv_temp grad_a mean_K Q'(s, a) at a = x_T, then backwards through the behaviour flow
