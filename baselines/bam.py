@@ -148,7 +148,7 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
     settings |= {name: value for name, (value, *_) in COEFFICIENTS.items()} | PAPER_SETTINGS.get(domain, {})
     args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
     values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
-    bounds = {field.name: (1, 10**12) for field in dataclasses.fields(Args) if field.type is int}
+    bounds = {f.name: (1, 10**12) for f in dataclasses.fields(Args) if f.type in (int, tuple[int, ...])}
     bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
     bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
     bounds |= {"flow_steps": (2, 1000), "tau": (1e-9, 1), "rho": (0, 1e9), "learning_rate": (1e-12, 1e3)}

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import qam_offline as qam
+from tools.closed_form import MEANS, PRECISION, TARGET_LOG_WEIGHTS, TARGET_MEANS, behaviour_velocity, draw, mmd, value
 
 REFERENCE = {"critic": "critic", "slow": "actor_slow", "fast": "actor_fast"}  # our name: the reference's
 
@@ -17,13 +18,13 @@ REFERENCE = {"critic": "critic", "slow": "actor_slow", "fast": "actor_fast"}  # 
 def nested(arrays, prefix):
     """{"a/b": x} -> {"a": {"b": x}} for the keys under prefix."""
     tree = {}
-    for key, value in arrays.items():
+    for key, array in arrays.items():
         if key.startswith(prefix + "/"):
             *folders, name = key[len(prefix) + 1 :].split("/")
             branch = tree
             for folder in folders:
                 branch = branch.setdefault(folder, {})
-            branch[name] = jnp.asarray(value)
+            branch[name] = jnp.asarray(array)
     return tree
 
 
@@ -234,36 +235,8 @@ def test_metrics_stop_at_the_first_that_is_not_finite(case, train):
     assert metrics["step"] == 1 and np.isnan(metrics["critic_loss"]) and np.isfinite(metrics["flow_loss"])
 
 
-# The bandit: four Gaussians at (+-0.5, +-0.5), std 0.15, Q(a) = 2 a_1 + 0.7 a_2 - |a|^2 / 2, inv_temp 1. Its optimum,
-# behaviour times exp(Q), is a mixture again: precision p = 1/0.15^2 + 1, means (mean/0.15^2 + (2, 0.7))/p, log-weights
-# p |new mean|^2 / 2 - |mean|^2 / (2 0.15^2).
-MEANS = np.array([[x, y] for x in (-0.5, 0.5) for y in (-0.5, 0.5)])
-PRECISION = 1 / 0.15**2 + 1
-TARGET_MEANS = (MEANS / 0.15**2 + [2.0, 0.7]) / PRECISION
-
-
-def draw(rng, means, std, log_weights, n):
-    weights = np.exp(log_weights - log_weights.max())
-    return means[rng.choice(len(means), n, p=weights / weights.sum())] + std * rng.normal(size=(n, 2))
-
-
-def mmd(a, b):
-    """Squared MMD (V-statistic), sum of RBF kernels of width 0.1, 0.3, 1.0."""
-    squares = lambda x, y: (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
-    kernel = lambda x, y: sum(np.exp(-squares(x, y) / (2 * width**2)).mean() for width in (0.1, 0.3, 1.0))
-    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-
-
-def behaviour_velocity(x, t):
-    """E[a - x_0 | x_t = x] for the four Gaussians and x_t = (1 - t) x_0 + t a: x (..., 2), t (..., 1)."""
-    variance = (1 - t) ** 2 + (0.15 * t) ** 2
-    offsets = x[..., None, :] - t[..., None] * MEANS  # (..., 4, 2)
-    weights = jax.nn.softmax(-(offsets**2).sum(-1) / (2 * variance), axis=-1)  # (..., 4)
-    slope = (t * 0.15**2 - (1 - t)) / variance
-    return (weights[..., None] * (MEANS + slope[..., None] * offsets)).sum(-2)
-
-
 def test_bandit_converges_to_behaviour_times_exp_q():
+    """A network added to the analytic behaviour flow, inv_temp 1, T = 30: its samples against the closed form's."""
     steps, batch_size, num_updates = 30, 128, 1000
     network = qam.MLP((64, 64, 64), 2)
     params = network.init(jax.random.key(0), jnp.zeros((1, 3)))
@@ -277,7 +250,7 @@ def test_bandit_converges_to_behaviour_times_exp_q():
             jax.random.normal(key_noise, (steps - 1, batch_size, 2)),
         )
         xs = jax.lax.stop_gradient(qam.sample_memoryless_sde(fast(params), behaviour_velocity, x0, noise))
-        terminal = -jax.grad(lambda a: (2 * a[:, 0] + 0.7 * a[:, 1] - (a**2).sum(1) / 2).sum())(xs[-1])
+        terminal = -jax.grad(lambda a: value(a).sum())(xs[-1])
         adjoints = qam.lean_adjoint(behaviour_velocity, xs[:-1], terminal)
         return qam.adjoint_matching_loss(fast(params), behaviour_velocity, xs[:-1], adjoints)
 
@@ -289,8 +262,7 @@ def test_bandit_converges_to_behaviour_times_exp_q():
     keys = jax.random.split(jax.random.key(1), num_updates)
     (params, _), _ = jax.jit(partial(jax.lax.scan, step))((params, optimizer.init(params)), keys)
     rng = np.random.default_rng(0)
-    log_weights = PRECISION * (TARGET_MEANS**2).sum(1) / 2 - (MEANS**2).sum(1) / (2 * 0.15**2)
-    target = draw(rng, TARGET_MEANS, PRECISION**-0.5, log_weights, 3000)
+    target = draw(rng, TARGET_MEANS, PRECISION**-0.5, TARGET_LOG_WEIGHTS, 3000)
     behaviour = draw(rng, MEANS, 0.15, np.zeros(4), 3000)
     sample = np.asarray(qam.sample_ode(fast(params), jax.random.normal(jax.random.key(2), (3000, 2)), steps))
     distance, start = mmd(sample, target), mmd(behaviour, target)

@@ -1,0 +1,223 @@
+"""Measure a script's speed: python tools/benchmark.py qam_offline.py [--json] [the script's flags]
+
+In one process: the rate at which this machine multiplies matrices of the sizes in use (float32), the script's updates a
+second, and the fraction that these reach of the best of those rates ("MFU"), with a nominal count of operations that
+does not change with the implementation. For QAM 2 B ((8 T + 3) W_v + 6 K W_c) an update, with W the kernel entries of
+one network: 61 GFLOP at paper size with 37 observations and D = 25. Then the seconds to compile, the peak memory, and
+the environment steps a second of an evaluation against those of the bare environment on as many processes. Medians of
+--repeats, after warm-up. Data are random numbers (--transitions of them), or the dataset in --dataset-dir. --json
+prints one JSON object and nothing else.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ogbench  # noqa: F401 (registers the environments, in the processes of the evaluation too)
+import tyro
+
+# Forward pass: 1 W; backward pass to the input: 1 W; to the parameters: 1 W. T flow steps, v: flow, q: K critics.
+NOMINAL = {
+    "qam_offline": lambda T, K, W: (8 * T + 3) * W["fast"] + 6 * K * W["critic"],
+    "fql": lambda T, K, W: (T + 3) * W["flow"] + 4 * W["one_step"] + 6 * K * W["critic"],
+    "fbrac": lambda T, K, W: (4 * T + 3) * W["flow"] + 6 * K * W["critic"],
+    "bam": lambda T, K, W: (9 * T - 3) * W["fast"] + 6 * K * W["critic"],
+    "dsrl": lambda T, K, W: (2 * T + 3) * W["flow"] + 4 * W["actor"] + 5 * K * (W["critic"] + W["latent_critic"]),
+}
+
+
+def kernel_entries(args, params: dict) -> dict:
+    """{network: entries of its kernels}, of one member where there are K."""
+    entries = {}
+    for name, tree in params.items():
+        kernels = [leaf for leaf in jax.tree.leaves(tree) if np.ndim(leaf) >= 2]
+        ensemble = name.endswith("critic")
+        kernels = [leaf for leaf in kernels if np.ndim(leaf) == 2 + ensemble]  # not the biases of an ensemble
+        entries[name] = sum(leaf.size for leaf in kernels) // (args.num_critics if ensemble else 1)
+    return entries
+
+
+def matmul_rates(args) -> dict:
+    """{size: a function that multiplies for about 0.2 s and returns GFLOP a second}, float32."""
+    width, batch = max(args.hidden_dims), args.batch_size
+    sizes = {
+        f"{batch} x {width}": ((batch, width), (width, width)),
+        f"{args.flow_steps * batch} x {width}": ((args.flow_steps * batch, width), (width, width)),
+        f"{args.num_critics} x {batch} x {width}": ((args.num_critics, batch, width), (args.num_critics, width, width)),
+    }
+
+    def measured(left, right):
+        a, b = (jax.random.normal(jax.random.key(0), shape) for shape in (left, right))
+        many = jax.jit(lambda a, b, n: jax.lax.fori_loop(0, n, lambda _, x: x @ b * right[-1] ** -0.5, a))
+        operations = 2 * float(np.prod(left)) * right[-1]
+        n = max(1, int(1e9 / operations))
+        while timed(partial(many, a, b, n)) < 0.1:
+            n *= 2
+        return lambda: operations * n / timed(partial(many, a, b, n)) / 1e9
+
+    return {name: measured(*shapes) for name, shapes in sizes.items()}
+
+
+def timed(call) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
+
+
+def random_dataset(script, args, dims: tuple[int, int], transitions: int):
+    rng, (observation_dim, action_dim) = np.random.default_rng(0), dims
+    observations, next_observations = rng.normal(size=(2, transitions, observation_dim)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (transitions, action_dim)).astype(np.float32)
+    terminals = (np.arange(1, transitions + 1) % 1000 == 0).astype(np.float32)
+    ones = np.ones(transitions, np.float32)
+    return script.Dataset(observations, actions, -ones, ones, terminals, next_observations)
+
+
+class BareEpisode(gymnasium.Wrapper):
+    """The environment alone: a step is a whole episode of the given actions."""
+
+    def __init__(self, environment_id: str):
+        super().__init__(gymnasium.make(environment_id))
+        self.one_action, self.length = self.env.action_space, self.env.spec.max_episode_steps
+        self.action_space = gymnasium.spaces.Box(-1, 1, (self.length, self.one_action.shape[0]))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.env.reset(seed=seed)
+        return np.zeros(1), {}
+
+    def step(self, actions):
+        for action in actions:
+            _, _, terminated, truncated, _ = self.env.step(action)
+            if terminated or truncated:
+                break
+        return np.zeros(1), 0.0, True, False, {}
+
+
+def evaluation_speed(script, args, networks, states, repeats: int) -> tuple[float, float]:
+    """Environment steps a second of `evaluate`, and of the bare environment on as many processes, resets included."""
+    spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
+    environment_id = script.split_env_id(args.env_id)[1]
+    args = dataclasses.replace(args, num_seeds=1, capture_video=0, eval_episodes=args.eval_envs)
+    act = lambda params, s, key: script.sample_actions(args, networks, params, s[None].astype(jnp.float32), key)[0]
+    act = jax.jit(jax.vmap(act, (None, 0, 0)))
+    speeds = {"evaluate": [], "bare": []}
+    envs = gymnasium.vector.AsyncVectorEnv(
+        [partial(script.ChunkedEpisode, environment_id, args.horizon)] * args.eval_envs, **spawn
+    )
+    bare = gymnasium.vector.AsyncVectorEnv([partial(BareEpisode, environment_id)] * args.eval_envs, **spawn)
+    actions = np.clip(np.random.default_rng(0).normal(size=bare.action_space.shape), -1, 1)  # what a new policy does
+    for _ in range(repeats + 1):  # the first compiles
+        started = time.perf_counter()
+        (row,) = script.evaluate(args, act, states, envs, Path(tempfile.gettempdir()), [])
+        speeds["evaluate"].append(row["length"] * row["episodes"] / (time.perf_counter() - started))
+        started = time.perf_counter()
+        bare.reset(seed=list(range(args.eval_envs)))
+        bare.step(actions)
+        speeds["bare"].append(actions.shape[0] * actions.shape[1] / (time.perf_counter() - started))
+    envs.close()
+    bare.close()
+    return tuple(float(np.median(values[1:])) for values in speeds.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, help="for example qam_offline.py; its own flags may follow")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--repeats", type=int, default=7, help="at least 5 for a figure to rely on")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of updates a repeat")
+    parser.add_argument("--transitions", type=int, default=100_000, help="of random data, without --dataset-dir")
+    parser.add_argument("--skip-evaluation", action="store_true")
+    own, flags = parser.parse_known_args()
+    if not own.script.is_file() or own.repeats < 1 or own.transitions < 10_000 or own.seconds <= 0:
+        parser.error("name a script of the project; --repeats from 1, --transitions from 10000, --seconds above 0")
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what environments and scripts print must not get between the figures
+    sys.path.insert(0, str(own.script.resolve().parent))
+    script = importlib.import_module(own.script.stem)
+    args, _ = script.resolve_args(tyro.cli(script.Args, args=flags, prog=own.script.name))
+    warnings = []
+    if (load := os.getloadavg()[0]) > 0.3:
+        warnings.append(f"the machine was busy at the start (load {load:.1f}); these figures are too low")
+
+    env = script.ChunkedEpisode(script.split_env_id(args.env_id)[1], args.horizon)
+    networks = script.make_networks(args, *env.dims)
+    dataset = random_dataset(script, args, env.dims, own.transitions)
+    if args.dataset_dir is not None:
+        dataset = script.load_dataset(args, script.find_dataset(args)[0], env)
+    dataset_mib = sum(array.nbytes for array in dataset) / 2**20
+    dataset = jax.device_put(dataset)
+    seeds = np.arange(args.seed, args.seed + args.num_seeds)
+    init = lambda seed: script.init_state(args, networks, *env.dims, jax.random.key(seed))
+    states = jax.jit(jax.vmap(init))(seeds)
+    train = lambda seed, *rest: script.train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
+    train = jax.jit(jax.vmap(train, (0, 0, None, None)), donate_argnums=1).lower(seeds, states, dataset, 0)
+    started = time.perf_counter()
+    train = train.compile()
+    compile_seconds = time.perf_counter() - started
+
+    def run(num_steps):
+        nonlocal states
+        states, metrics = train(seeds, states, dataset, num_steps)
+        return metrics
+
+    num_steps = 1
+    while (seconds := timed(partial(run, num_steps))) < own.seconds / 2:
+        num_steps = max(num_steps + 1, int(num_steps * own.seconds / max(seconds, own.seconds / 10)))
+    peak_memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    matmuls, rates, speeds = matmul_rates(args), [], []
+    for _ in range(own.repeats):  # in turns, so that both see the same machine
+        speeds.append(args.num_seeds * num_steps / timed(partial(run, num_steps)))
+        rates.append([matmul() for matmul in matmuls.values()])
+    rates = dict(zip(matmuls, np.median(rates, axis=0).round(1).tolist(), strict=True))
+    if max(speeds) > 1.15 * min(speeds):
+        warnings.append(f"updates a second from {min(speeds):.2f} to {max(speeds):.2f}: something else was running")
+    params = jax.tree.map(lambda x: x[0], states.params)
+    gflop, updates_per_second = None, float(np.median(speeds))
+    if own.script.stem in NOMINAL:
+        entries = kernel_entries(args, params)
+        gflop = 2 * args.batch_size * NOMINAL[own.script.stem](args.flow_steps, args.num_critics, entries) / 1e9
+    figures = {
+        "script": own.script.name,
+        "env_id": args.env_id,
+        "device": jax.devices()[0].device_kind,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "num_seeds": args.num_seeds,
+        "repeats": own.repeats,
+        "updates_per_second": round(updates_per_second, 2),
+        "gflop_per_update": gflop and round(gflop, 2),
+        "matmul_gflop_per_second": max(rates.values()),
+        "matmul_gflop_per_second_by_size": rates,
+        "mfu": gflop and round(updates_per_second * gflop / max(rates.values()), 3),
+        "compile_seconds": round(compile_seconds, 1),
+        "dataset_mib": round(dataset_mib, 1),
+        "peak_memory_mib": round(peak_memory_mib, 1),
+    }
+    if not own.skip_evaluation:
+        speed, bare = evaluation_speed(script, args, networks, states, own.repeats)
+        figures |= {"eval_envs": args.eval_envs, "eval_steps_per_second": round(speed, 1)}
+        figures |= {"bare_steps_per_second": round(bare, 1), "eval_fraction": round(speed / bare, 3)}
+    figures["warnings"] = warnings
+    if own.json:
+        print(json.dumps(figures), file=output)
+    else:
+        print(*(f"{name:34} {value}" for name, value in figures.items()), sep="\n", file=output)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
