@@ -108,7 +108,7 @@ class Args:
 
 def fail(message: str, status: int = 2) -> None:
     """Print one sentence and exit: status 2 for what the user can put right, 1 for what broke on the way."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)  # beside the progress bar
     sys.exit(status)
 
 
@@ -134,11 +134,12 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
     if folder := args.resume or args.eval_only:
         try:
             saved = json.loads((Path(folder) / "args.json").read_text())
-            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"]
+            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"] and saved["data"]["path"][0]
             saved["hidden_dims"] = tuple(map(int, saved["hidden_dims"]))
+            assert all(isinstance(saved[f.name], f.type) for f in dataclasses.fields(Args) if f.name != "hidden_dims")
             said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
             given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        except Exception:  # whatever a damaged file makes of the lines above
             fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
         if changed := given.keys() - MAY_CHANGE:
             fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
@@ -191,13 +192,13 @@ def gather_chunks(dataset: Dataset, indices: jax.Array, horizon: int, discount: 
 
 def find_dataset(args: Args) -> list[Path]:
     """The dataset's file, or its shards. Downloads or collects what is missing."""
-    name, home = split_env_id(args.env_id)[2], Path("~/.ogbench").expanduser()
-    official = home / f"data/{name}.npz"
+    name, folder = split_env_id(args.env_id)[2], os.path.expanduser(args.dataset_dir or "")
+    official, collected = (Path(f"~/.ogbench/{kind}/{name}.npz").expanduser() for kind in ("data", "collected"))
     if args.dataset_dir is not None:
-        paths = sorted(filter(Path.is_file, Path(args.dataset_dir).expanduser().glob("*.npz")))
+        paths = sorted(filter(Path.is_file, Path(folder).glob("*.npz"))) if os.path.isdir(folder) else []
         paths = [path for path in paths if path.stem == name] or [path for path in paths if path.stem[-4:] != "-val"]
         return paths or fail(f"--dataset-dir {args.dataset_dir} holds neither {name}.npz nor another npz file")
-    if found := [path for path in (official, home / f"collected/{name}.npz") if path.exists()]:
+    if found := [path for path in (official, collected) if path.exists()]:
         return found[:1]
     try:
         socket.setdefaulttimeout(20)  # seconds without an answer
@@ -208,7 +209,7 @@ def find_dataset(args: Args) -> list[Path]:
     tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
     if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
         fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
-    return [home / f"collected/{name}.npz"]
+    return [collected]
 
 
 def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
@@ -217,8 +218,8 @@ def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
         data = ogbench.load_dataset(str(path), add_info=True)
         assert not (bad := [k for k, v in data.items() if not np.isfinite(v).all()]), f"{bad} are not finite throughout"
         assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
-        dims = [data[field].shape[1:] for field in ("observations", "actions")]
-        assert dims == [(dim,) for dim in env.dims], f"observations and actions are {dims}, not {env.dims}"
+        dims = [data[field].shape[1:] for field in ("observations", "actions", "qpos")]
+        assert dims == [(d,) for d in (*env.dims, env.unwrapped.model.nq)], f"its fields {dims} are not the task's"
         assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
         ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
     except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
@@ -541,7 +542,7 @@ def main(args: Args) -> list[dict] | None:
     make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
     env = make_env()
     networks = make_networks(args, *env.dims)
-    states = jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed)))(seeds)
+    states = jax.jit(jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed))))(seeds)
     train = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
     act = lambda params, s, key: sample_actions(args, networks, params, s[None].astype(jnp.float32), key)[0]
     act, log = jax.jit(jax.vmap(act, (None, 0, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
@@ -551,12 +552,12 @@ def main(args: Args) -> list[dict] | None:
     states, step = jax.device_put(states, by_seed), int(states.step[0])
     if not args.eval_only:
         paths = find_dataset(args)
-        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
-        if saved and hashes != saved["data"]["sha256"]:
-            fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
         order, every = np.random.default_rng(args.seed).permutation(len(paths)), args.dataset_replace_every
         shard = lambda step: load_dataset(args, paths[order[step // every % len(paths)]], env)
         dataset = jax.device_put(shard(step), everywhere)
+        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
+        if saved and hashes != saved["data"]["sha256"]:
+            fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the environment processes: Ctrl-C is for this one alone
     spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)  # fork copies held locks
     envs = gymnasium.vector.AsyncVectorEnv([make_env] * min(args.eval_envs, args.eval_episodes), **spawn)
@@ -610,8 +611,7 @@ def main(args: Args) -> list[dict] | None:
             step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
             if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
                 fail(f"{bad[0]} is not finite at step {last}; {run_dir} keeps the checkpoint from before, if any", 1)
-            busy += seconds
-            dispatch = max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, for a prompt Ctrl-C
+            busy, dispatch = busy + seconds, max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, a prompt Ctrl-C
             if left is None and busy > 1:
                 left = (args.offline_steps - step) * seconds / num_steps / 3600
                 tqdm.write(f"about {left:.2g} hours on this {record['device']}; see README for sizes that fit")
