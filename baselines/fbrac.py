@@ -430,7 +430,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 
 def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorEnv, run_dir: Path, signals: list):
-    """Score act(params, observations (E, O), keys (E,)) -> (E, H*A) by seed: rows of eval.csv, or [] after a signal."""
+    """Score act(params, observations (E, O), key, numbers (E,)) -> (E, H*A) by seed: rows of eval.csv, [] on stop."""
     rows, step, num_envs = [], int(states.step[0]), envs.num_envs
     for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
         params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
@@ -443,8 +443,8 @@ def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorE
                 return []
             if restart.any():
                 observations, _ = envs.reset(seed=episodes.tolist(), options=dict(reset_mask=restart, videos=videos))
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, episodes * 2**12 + chunks)  # the same for any E
-            observations, _, terminated, truncated, scores = envs.step(np.asarray(act(params, observations, keys)))
+            actions = np.asarray(act(params, observations, key, episodes * 2**12 + chunks))  # the same for any E
+            observations, _, terminated, truncated, scores = envs.step(actions)
             ended = (terminated | truncated) & playing
             results += [[scores[name][e] for name in ("success", "return", "length")] for e in np.flatnonzero(ended)]
             episodes, chunks = episodes + num_envs * ended, (chunks + 1) * ~ended
@@ -503,9 +503,10 @@ def main(args: Args) -> list[dict] | None:
     env = make_env()
     networks = make_networks(args, *env.dims)
     states = jax.jit(jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed))))(seeds)
-    train = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
-    act = lambda params, s, key: sample_actions(args, networks, params, s[None].astype(jnp.float32), key)[0]
-    act, log = jax.jit(jax.vmap(act, (None, 0, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
+    one_seed = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
+    alone = lambda seeds, states, *rest: jax.lax.map(lambda x: one_seed(*x, *rest), (seeds, states))  # faster than vmap
+    act = lambda params, s, key, n: sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[0]
+    act, log = jax.jit(jax.vmap(act, (None, 0, None, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
     if saved:
         checkpoint = load_checkpoint(run_dir)
         states, log = flax.serialization.from_state_dict(states, checkpoint["states"]), json.loads(checkpoint["log"])
@@ -547,8 +548,8 @@ def main(args: Args) -> list[dict] | None:
             for row in rows if args.track else []:
                 wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
 
-        train = partial(jax.jit(jax.vmap(train, (0, 0, None, None)), donate_argnums=1), seeds)
-        states, _ = train(states, dataset, 0)  # compiles
+        train = jax.jit(jax.vmap(one_seed, (0, 0, None, None)) if args.num_seeds > 1 else alone, donate_argnums=1)
+        states, _ = train(seeds, states, dataset, 0)  # compiles
         intervals = [args.log_every, args.eval_every, args.checkpoint_every] + [every] * (len(paths) > 1)
         loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, step, 0.0, None
         upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
@@ -566,7 +567,7 @@ def main(args: Args) -> list[dict] | None:
                 break
             started = time.time()
             num_steps = min(dispatch, args.offline_steps - step, *(n - step % n for n in intervals))
-            states, metrics = train(states, dataset, num_steps)
+            states, metrics = train(seeds, states, dataset, num_steps)
             metrics = jax.device_get(metrics)  # waits for the device
             step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
             if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):

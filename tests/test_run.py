@@ -96,13 +96,13 @@ def test_an_episode_depends_on_its_number_alone(finished):
     networks = qam.make_networks(args, saved["observation_dim"], saved["action_dim"])
     states = qam.load_checkpoint(folder)["states"]
     states = qam.TrainState(states["params"], None, None, states["step"])
-    act = lambda params, s, key: qam.sample_actions(args, networks, params, s[None].astype(np.float32), key)[0]
+    act = lambda params, s, key, n: qam.sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[0]
     make = partial(Recorded, f"{DOMAIN.rsplit('-', 1)[0]}-singletask-task4-v0", args.horizon)
     returns = []
     for num_envs in (1, 2):
         mode = gymnasium.vector.AutoresetMode.DISABLED
         envs = gymnasium.vector.AsyncVectorEnv([make] * num_envs, context="spawn", autoreset_mode=mode)
-        (row,) = qam.evaluate(args, jax.jit(jax.vmap(act, (None, 0, 0))), states, envs, folder, [])
+        (row,) = qam.evaluate(args, jax.jit(jax.vmap(act, (None, 0, None, 0))), states, envs, folder, [])
         returns.append(row["return"])
         envs.close()
         assert row["episodes"] == 3

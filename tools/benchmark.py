@@ -23,7 +23,6 @@ from pathlib import Path
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 import ogbench  # noqa: F401 (registers the environments, in the processes of the evaluation too)
 import tyro
@@ -110,9 +109,11 @@ def evaluation_speed(script, args, networks, states, repeats: int) -> tuple[floa
     """Environment steps a second of `evaluate`, and of the bare environment on as many processes, resets included."""
     spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
     environment_id = script.split_env_id(args.env_id)[1]
-    args = dataclasses.replace(args, num_seeds=1, capture_video=0, eval_episodes=args.eval_envs)
-    act = lambda params, s, key: script.sample_actions(args, networks, params, s[None].astype(jnp.float32), key)[0]
-    act = jax.jit(jax.vmap(act, (None, 0, 0)))
+    args = dataclasses.replace(args, num_seeds=1, capture_video=0, eval_episodes=2 * args.eval_envs)
+    act = lambda params, s, key, n: script.sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[
+        0
+    ]
+    act = jax.jit(jax.vmap(act, (None, 0, None, 0)))
     speeds = {"evaluate": [], "bare": []}
     envs = gymnasium.vector.AsyncVectorEnv(
         [partial(script.ChunkedEpisode, environment_id, args.horizon)] * args.eval_envs, **spawn
@@ -162,8 +163,11 @@ def main() -> None:
     seeds = np.arange(args.seed, args.seed + args.num_seeds)
     init = lambda seed: script.init_state(args, networks, *env.dims, jax.random.key(seed))
     states = jax.jit(jax.vmap(init))(seeds)
-    train = lambda seed, *rest: script.train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
-    train = jax.jit(jax.vmap(train, (0, 0, None, None)), donate_argnums=1).lower(seeds, states, dataset, 0)
+    one_seed = lambda seed, *rest: script.train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
+    train = jax.vmap(one_seed, (0, 0, None, None))
+    if args.num_seeds == 1:  # as the script does
+        train = lambda seeds, states, *rest: jax.lax.map(lambda x: one_seed(*x, *rest), (seeds, states))
+    train = jax.jit(train, donate_argnums=1).lower(seeds, states, dataset, 0)
     started = time.perf_counter()
     train = train.compile()
     compile_seconds = time.perf_counter() - started

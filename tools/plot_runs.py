@@ -17,7 +17,6 @@ from typing import Annotated
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tyro
@@ -53,13 +52,15 @@ def score_behaviour(run: Path) -> list[dict]:
     args = dataclasses.replace(args, best_of_n=1)
     networks = script.make_networks(args, saved["observation_dim"], saved["action_dim"])
     states = script.load_checkpoint(run)["states"]
-    params = {"fast": states["params"]["slow"]}
-    act = lambda params, s, key: script.sample_actions(args, networks, params, s[None].astype(jnp.float32), key)[0]
+    params = states["params"] | {"fast": states["params"]["slow"]}
+    act = lambda params, s, key, n: script.sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[
+        0
+    ]
     make = lambda: script.ChunkedEpisode(script.split_env_id(args.env_id)[1], args.horizon)
     spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
     envs = gymnasium.vector.AsyncVectorEnv([make] * min(args.eval_envs, args.eval_episodes), **spawn)
     state = script.TrainState(params, None, None, states["step"])
-    rows = script.evaluate(args, jax.jit(jax.vmap(act, (None, 0, 0))), state, envs, run, [])
+    rows = script.evaluate(args, jax.jit(jax.vmap(act, (None, 0, None, 0))), state, envs, run, [])
     envs.close()
     rows = [row | {"phase": "behaviour"} for row in rows]
     lines = [",".join(map(str, row)) for row in [rows[0], *(row.values() for row in rows)]]
