@@ -64,7 +64,7 @@ PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other dom
     "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
     "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
 }
-COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # this algorithm's own: value for other domains, least, most
+COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
 MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
 MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
 
@@ -401,7 +401,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """One Adam for all networks, after clipping their joint gradient."""
+    """One Adam for all networks; their joint gradient is clipped at `max_grad_norm` first."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
 
 

@@ -18,7 +18,7 @@ velocity v(s, x, t), T steps of h = 1/T:
 Q' and v_slow' are target copies; fast acts and makes a'. "Choice:" marks what the paper leaves open.
 Shapes: B batch, O observation, A action, D = H A, K critics, N transitions.
 
-Differs from qam_offline.py: PAPER_SETTINGS, policy_loss.
+Differs from qam_offline.py: PAPER_SETTINGS, Args, policy_loss.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other dom
     "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=10.0),
     "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=30.0),
 }
-COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # this algorithm's own: value for other domains, least, most
+COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
 MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
 MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
 
@@ -86,7 +86,7 @@ class Args:
     discount: float | None = None  # discount an environment step, in [0, 1]
     tau: float = 0.005  # target-update rate a gradient step, in (0, 1]
     rho: float | None = None  # pessimism: standard deviations of the ensemble taken off the target, 0 or more
-    inv_temp: float | None = None  # inverse temperature: weight of Q against the behaviour flow, 0 (imitation) or more
+    inv_temp: float | None = None  # weight of Q against the path, 0 or more; 1 / T of it is an inverse temperature
     learning_rate: float = 3e-4  # Adam's step size, above 0
     max_grad_norm: float = 1.0  # largest norm of the joint gradient of all networks, above 0
     best_of_n: int = 1  # chunks drawn when acting, of which that of highest Q is executed, at least 1
@@ -386,7 +386,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """One Adam for all networks, after clipping their joint gradient."""
+    """One Adam for all networks; their joint gradient is clipped at `max_grad_norm` first."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
 
 

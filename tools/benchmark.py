@@ -109,7 +109,7 @@ def evaluation_speed(script, args, networks, states, repeats: int) -> tuple[floa
     """Environment steps a second of `evaluate`, and of the bare environment on as many processes, resets included."""
     spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
     environment_id = script.split_env_id(args.env_id)[1]
-    args = dataclasses.replace(args, num_seeds=1, capture_video=0, eval_episodes=2 * args.eval_envs)
+    args = dataclasses.replace(args, num_seeds=1, capture_video=0, eval_episodes=4 * args.eval_envs)
     act = lambda params, s, key, n: script.sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[
         0
     ]
@@ -202,7 +202,7 @@ def main() -> None:
         "num_seeds": args.num_seeds,
         "repeats": own.repeats,
         "updates_per_second": round(updates_per_second, 2),
-        "gflop_per_update": gflop and round(gflop, 2),
+        "gflop_per_update": gflop and float(f"{gflop:.4g}"),
         "matmul_gflop_per_second": max(rates.values()),
         "matmul_gflop_per_second_by_size": rates,
         "mfu": gflop and round(updates_per_second * gflop / max(rates.values()), 3),

@@ -52,6 +52,9 @@ def score_behaviour(run: Path) -> list[dict]:
     args = dataclasses.replace(args, best_of_n=1)
     networks = script.make_networks(args, saved["observation_dim"], saved["action_dim"])
     states = script.load_checkpoint(run)["states"]
+    if not {"slow", "fast"} <= states["params"].keys():
+        print(f"error: --behaviour needs slow and fast; {run} has {', '.join(states['params'])}", file=sys.stderr)
+        sys.exit(2)
     params = states["params"] | {"fast": states["params"]["slow"]}
     act = lambda params, s, key, n: script.sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[
         0

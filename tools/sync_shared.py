@@ -30,15 +30,38 @@ def definitions(text: str) -> dict[str, list[tuple[int, int]]]:
     spans = {}
     for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names, first = [node.name], min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names, first = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)], node.lineno
+            name, first = node.name, min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        elif (name := assigned(node)) is not None:
+            first = node.lineno
         else:
             continue
-        for name in names:
-            spans.setdefault(name, []).append((first - 1, node.end_lineno))
+        spans.setdefault(name, []).append((first - 1, node.end_lineno))
     return spans
+
+
+def assigned(node: ast.stmt) -> str | None:
+    """The name that a plain assignment binds or extends."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    plain = isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) and len(targets) == 1
+    return targets[0].id if plain and isinstance(targets[0], ast.Name) else None
+
+
+def out_of_the_ordinary(path: str, text: str) -> list[str]:
+    """What the comparison by names would not see: other statements at the top level, names defined in two places."""
+    found, body = [], ast.parse(text).body
+    for i, node in enumerate(body):
+        plain = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)) or assigned(node)
+        last = i == len(body) - 1 and ast.unparse(node).startswith("if __name__ == '__main__':\n    main(")
+        if not (plain or last or (i == 0 and ast.get_docstring(ast.parse(text)))):
+            found.append(f"{path}:{node.lineno}: only imports, functions, classes and plain constants stand at the top")
+    for name, spans in definitions(text).items():
+        if any(a[1] != b[0] for a, b in zip(spans, spans[1:], strict=False)):
+            found.append(f"{path}: {name} is defined in two places")
+    return found
+
+
+def imports(text: str) -> list[str]:
+    return [ast.unparse(node) for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def sources(text: str) -> dict[str, str]:
@@ -78,11 +101,13 @@ def compare(scripts: dict[str, str]) -> tuple[list[tuple[str, str, str]], list[s
                 repairs.append((path, name, first[1]))
             if name in exempt and first and source == first[1]:
                 complaints.append(f"{path}: the header lists {name}, which is the same as in {first[0]}")
-        for name in sorted(exempt - own.keys()):
+        for name in sorted(exempt - own.keys() - {"imports"}):
             complaints.append(f"{path}: the header lists {name}, which the script does not define")
         for name in sorted(exempt & own.keys() - sources(scripts[FIRST]).keys()):
             complaints.append(f"{path}: the header lists {name}, which {FIRST} does not define")
-        complaints += too_long(path, text)
+        if imports(text) != imports(scripts[FIRST]) and "imports" not in exempt:
+            complaints.append(f"{path}: its imports are not those of {FIRST}")
+        complaints += out_of_the_ordinary(path, text) + too_long(path, text)
     return repairs, complaints
 
 
