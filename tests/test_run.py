@@ -185,6 +185,14 @@ def test_shards_take_turns(dataset_dir, tmp_path):
     assert run(SCRIPT, tmp_path / "one", tmp_path / "alone").returncode == 0
     losses = [[row["critic_loss"] for row in rows(f / "metrics.csv")] for f in (folder, folder_of(tmp_path / "alone"))]
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+    assert (
+        run(SCRIPT, tmp_path, tmp_path / "half", "--dataset-replace-every", "20", "--offline-steps", "30").returncode
+        == 0
+    )
+    half = folder_of(tmp_path / "half")  # resumed in the middle of the second shard's turn
+    done = subprocess.run(resume(half, tmp_path, "--offline-steps", "60"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["critic_loss"] for row in rows(half / "metrics.csv")] == losses[0]
 
 
 def test_video_of_an_evaluation_episode(finished, tmp_path):
