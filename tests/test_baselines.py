@@ -122,10 +122,9 @@ def test_tanh_gaussian_is_scipys_also_where_tanh_is_flat():
     assert float(far) == pytest.approx(scipy.stats.norm.logpdf(0.0) - 2 * (np.log(2) - 30.0), rel=1e-6)
 
 
+@pytest.mark.parametrize("case", [dsrl], indirect=True)
 def test_dsrl_acts_by_the_target_flow(case):
-    script, arrays, _, params, target_params, _, _ = case
-    if script is not dsrl:
-        pytest.skip("the others act by what they train")
+    _, arrays, _, params, target_params, _, _ = case
     args = dsrl.Args(hidden_dims=(32,) * 4, num_critics=3, horizon=2, noise_scale=1.2)
     networks, observations = dsrl.make_networks(args, 6, 3), arrays["batch/observations"]
     act = lambda params: dsrl.sample_actions(args, networks, params, observations, jax.random.key(0))

@@ -2,7 +2,8 @@
 
     python tools/plot_runs.py runs/pointmaze-* --behaviour --output curve.png
 
-Runs of one script and environment are one line: the mean over seeds, with a band from the lowest to the highest seed.
+Runs of one script and environment are one line: the mean over seeds, with a band from the lowest to the highest seed;
+from three scripts on, a thin line a seed instead.
 --behaviour scores the flow that imitates the data ("slow") of each run's checkpoint, on the same episodes and with the
 same noise as the policy itself, and keeps the result in the run's folder as behaviour.csv.
 """
@@ -81,12 +82,15 @@ def draw(curves: dict, behaviours: dict, title: str, output: Path) -> None:
         axes.plot(
             steps, [np.mean(v) for v in values], color=f"C{i}", label=f"{label} ({seeds} seed{'s' * (seeds > 1)})"
         )
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
+        if len(curves) > 2:  # more than two bands hide each other: a thin line a seed
+            axes.plot(steps, values, color=f"C{i}", alpha=0.35, linewidth=0.8)
+        else:
+            axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
         if label in behaviours:
             axes.axhline(np.mean(behaviours[label]), color=f"C{i}", linestyle="--", label="its behaviour flow")
     axes.set(xlabel="gradient steps", ylabel="success rate", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+    axes.legend(loc="best") if len(curves) <= 2 else axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(output, dpi=120)
 
 
