@@ -139,7 +139,7 @@ def resolve_args(args: Args) -> tuple[Args, dict]:
             assert all(isinstance(saved[f.name], f.type) for f in dataclasses.fields(Args) if f.name != "hidden_dims")
             said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
             given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
-        except Exception:  # whatever a damaged file makes of the lines above
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError):
             fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
         if changed := given.keys() - MAY_CHANGE:
             fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
