@@ -221,7 +221,7 @@ def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
         ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
     except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
         fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
-    data["rewards"] = -(data["rewards"] != 0) if args.sparse else data["rewards"]
+    data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0) if args.sparse else data["rewards"]
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -430,7 +430,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
                 break
         if self.video and (terminated or truncated):
             self.video = __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
-        return observation, 0.0, terminated, truncated, self.scores
+        return observation, float(reward), terminated, truncated, self.scores
 
 
 def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorEnv, run_dir: Path, signals: list):

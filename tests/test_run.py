@@ -363,3 +363,14 @@ def test_noise_of_acting_is_bound_to_the_key():
     act = partial(qam.sample_actions, args, networks, params, np.ones((4, 3), np.float32))
     np.testing.assert_array_equal(act(jax.random.key(1)), act(jax.random.key(1)))
     assert not np.array_equal(act(jax.random.key(1)), act(jax.random.key(2)))
+
+
+def test_sparse_rewards(dataset_dir):
+    """Every reward that is not 0 becomes a -1; a dense copy of the file's rewards is the reference."""
+    env = qam.ChunkedEpisode(f"{DOMAIN.rsplit('-', 1)[0]}-singletask-task4-v0", 4)
+    path = dataset_dir / f"{DOMAIN}-v0.npz"
+    load = lambda sparse: qam.load_dataset(qam.Args(env_id=f"{DOMAIN}-task4", horizon=4, sparse=sparse), path, env)
+    dense, sparse = load(False), load(True)
+    np.testing.assert_array_equal(sparse.rewards, -1.0 * (dense.rewards != 0))
+    np.testing.assert_array_equal(sparse.masks, dense.masks)
+    assert sparse.rewards.dtype == np.float32 and {-1, 0} == set(sparse.rewards)
