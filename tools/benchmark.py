@@ -7,6 +7,9 @@ one network: 61 GFLOP at paper size with 37 observations and D = 25. Then the se
 the environment steps a second of an evaluation against those of the bare environment on as many processes. Medians of
 --repeats, after warm-up. Data are random numbers (--transitions of them), or the dataset in --dataset-dir. --json
 prints one JSON object and nothing else.
+
+qam_offline_to_online.py is also run online (--online-seconds, after its first fifth): its environment steps a second,
+and what fraction that is of the slower of the environment alone (one, in this process) and the updates alone.
 """
 
 import argparse
@@ -32,6 +35,7 @@ NOMINAL = {
     "qam_offline": lambda T, K, W: (8 * T + 3) * W["fast"] + 6 * K * W["critic"],
     "fql": lambda T, K, W: (T + 3) * W["flow"] + 4 * W["one_step"] + 6 * K * W["critic"],
     "fbrac": lambda T, K, W: (4 * T + 3) * W["flow"] + 6 * K * W["critic"],
+    "qam_offline_to_online": lambda T, K, W: (8 * T + 3) * W["fast"] + 6 * K * W["critic"],
     "bam": lambda T, K, W: (9 * T - 3) * W["fast"] + 6 * K * W["critic"],
     "dsrl": lambda T, K, W: (2 * T + 3) * W["flow"] + 4 * W["actor"] + 5 * K * (W["critic"] + W["latent_critic"]),
 }
@@ -133,6 +137,38 @@ def evaluation_speed(script, args, networks, states, repeats: int) -> tuple[floa
     return tuple(float(np.median(values[1:])) for values in speeds.values())
 
 
+def online_speed(script, args, env, bound: float, seconds: float, transitions: int) -> float:
+    """Environment steps a second of the script's own main, from an online phase of about `seconds` at `bound` steps."""
+    steps = max(10, int(bound * seconds / 5)) * 5
+    with tempfile.TemporaryDirectory() as folder:
+        rng, data = np.random.default_rng(0), random_dataset(script, args, env.dims, transitions)
+        size = {"qpos": env.unwrapped.model.nq, "qvel": env.unwrapped.model.nv}
+        buttons = getattr(env.unwrapped, "_cur_button_states", np.zeros(0))
+        file = {name: rng.normal(size=(transitions, n)).astype(np.float32) for name, n in size.items()}
+        file |= {"button_states": np.zeros((transitions, len(buttons)), np.int64)} if len(buttons) else {}
+        file |= {name: getattr(data, name) for name in ("observations", "actions")} | {"terminals": data.terminals > 0}
+        np.savez(f"{folder}/{script.split_env_id(args.env_id)[2]}.npz", **file)
+        own = dict(offline_steps=0, start_training=0, online_steps=steps, log_every=steps // 5, checkpoint_every=10**9)
+        own |= dict(eval_every=10**9, eval_episodes=1, eval_envs=1, run_dir=f"{folder}/runs", offline_checkpoint=None)
+        script.main(dataclasses.replace(args, **own, dataset_dir=args.dataset_dir or folder))
+        (metrics,) = Path(folder).glob("runs/*/metrics.csv")
+        header, *lines = (line.split(",") for line in metrics.read_text().splitlines())
+    rates = [float(line[header.index("updates_per_second")]) for line in lines]
+    return float(np.median(rates[1:])) / args.utd_ratio  # the first holds the compilation
+
+
+def environment_speed(script, args, env, seconds: float) -> float:
+    """Steps a second of the environment alone, as `play` executes them, resets included."""
+    rng, count, started = np.random.default_rng(0), 0, time.perf_counter()
+    ended, observation = True, None
+    while time.perf_counter() - started < seconds:
+        observation = env.reset(seed=count)[0] if ended else observation
+        actions = rng.uniform(-1, 1, (args.horizon, env.dims[1]))
+        rows, n, ended = script.play(args, env, observation, actions)
+        observation, count = rows.next_observations[n - 1], count + n
+    return count / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="for example qam_offline.py; its own flags may follow")
@@ -141,6 +177,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of updates a repeat")
     parser.add_argument("--transitions", type=int, default=100_000, help="of random data, without --dataset-dir")
     parser.add_argument("--skip-evaluation", action="store_true")
+    parser.add_argument(
+        "--online-seconds", type=float, default=30, help="of the online phase, for a script that has one"
+    )
     own, flags = parser.parse_known_args()
     if not own.script.is_file() or own.repeats < 1 or own.transitions < 10_000 or own.seconds <= 0:
         parser.error("name a script of the project; --repeats from 1, --transitions from 10000, --seconds above 0")
@@ -214,6 +253,12 @@ def main() -> None:
         speed, bare = evaluation_speed(script, args, networks, states, own.repeats)
         figures |= {"eval_envs": args.eval_envs, "eval_steps_per_second": round(speed, 1)}
         figures |= {"bare_steps_per_second": round(bare, 1), "eval_fraction": round(speed / bare, 3)}
+    if hasattr(script, "play"):
+        alone = environment_speed(script, args, env, own.seconds * 2)
+        bound = min(alone, updates_per_second / args.utd_ratio)
+        speed = online_speed(script, args, env, bound, own.online_seconds, own.transitions)
+        figures |= {"environment_steps_per_second_alone": round(alone, 1), "utd_ratio": args.utd_ratio}
+        figures |= {"online_steps_per_second": round(speed, 2), "online_fraction": round(speed / bound, 3)}
     figures["warnings"] = warnings
     if own.json:
         print(json.dumps(figures), file=output)
