@@ -699,7 +699,7 @@ def main(args: Args) -> list[dict] | None:
                 states, metrics = train(states, dataset, num_updates, num_data, 0)
             else:
                 if upcoming:  # the online phase begins: all shards at once from here on
-                    upcoming = dataset = None
+                    dataset = upcoming = upcoming.result() and None  # wait: its thread resets env
                     dataset, num_data = make_buffer([load_dataset(args, path, env) for path in paths], *whole)
                 if observation is None:  # a new episode
                     episode_seed = np.random.SeedSequence((args.seed, written)).generate_state(1)[0]
