@@ -193,6 +193,9 @@ def test_run_through_both_phases(both_phases):
     assert (online.masks == 1).all() and np.abs(online.actions).max() < 1
     same_episode = np.flatnonzero(online.terminals[:-1] == 0)
     np.testing.assert_array_equal(online.next_observations[same_episode], online.observations[same_episode + 1])
+    line = [sys.executable, ROOT / SCRIPT, "--eval-only", both_phases, "--eval-envs", "1"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+    assert done.returncode == 0 and "step 1560  seed 1  phase online  success_rate" in done.stdout, done.stderr
 
 
 def test_overlap_changes_nothing(both_phases, dataset_dir, tmp_path):

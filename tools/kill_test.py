@@ -2,11 +2,16 @@
 
     python tools/kill_test.py                                              qam_offline.py, 20 kills, a small maze
     python tools/kill_test.py baselines/NAME.py --kills 5 --horizon 1      another script; the rest are its flags
+    python tools/kill_test.py qam_offline_to_online.py --offline-steps 2000 --online-steps 4000 --start-training 500
 
 Half of the kills (SIGKILL) come after a random time, half at the moment when a file is being written: a checkpoint,
 metrics.csv, eval.csv or args.json. A run that is killed before its first checkpoint is started anew; one that is
 through before enough kills is compared, and the kills go on with the next. In the end all parameters, targets and
 optimizer states must be equal to the bit, and the CSV files row by row, but for columns that measure time.
+
+A kill in an online phase cuts the episode that was running, so what follows is another run; asked for are then: each
+checkpoint's online transitions are still there in the end, to the bit, the CSV files are the same up to the first of
+these kills and have the same steps after it, and environment steps and updates are as many as without a kill.
 """
 
 import argparse
@@ -14,6 +19,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import json
 import os
 import random
 import shutil
@@ -65,8 +71,11 @@ def read_rows(path):
         return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)]
 
 
-def differences(module, whole, cut):
-    """Sentences about all that differs between two run folders."""
+def differences(module, whole, cut, kept):
+    """Sentences about all that should be the same in two run folders, and is not.
+
+    kept: (step, online transitions by field) of the checkpoint at each kill in an online phase.
+    """
     found, checkpoints = [], [read_checkpoint(module, folder) for folder in (whole, cut)]
     if None in checkpoints:
         return [f"{(whole, cut)[checkpoints.index(None)]} holds no whole checkpoint"]
@@ -74,7 +83,14 @@ def differences(module, whole, cut):
     if first.keys() != second.keys():
         found.append(f"states: {sorted(first.keys() ^ second.keys())[:3]} are in one of them only")
     form = lambda x: (str(x.dtype), x.shape, x.tobytes())
-    other = [name for name in first.keys() & second.keys() if form(first[name]) != form(second[name])]
+    names = {"/step"} if kept else first.keys() & second.keys()
+    other = [name for name in names if form(first[name]) != form(second[name])]
+    if kept and len(first["/online/rewards"]) != len(second["/online/rewards"]):
+        found.append(f"{len(first['/online/rewards'])} and {len(second['/online/rewards'])} online transitions")
+    for step, online in kept:
+        lost = [k for k, x in online.items() if not (second[f"/online/{k}"][: len(x)] == x).all()]
+        found += [f"the {len(online['rewards'])} online transitions of step {step} have other {lost}"] if lost else []
+    until = min([step for step, _ in kept], default=float("inf"))
     if other:
         found.append(f"states: {len(other)} of {len(first)} arrays differ, such as {min(other)}")
     for name in ("metrics.csv", "eval.csv"):
@@ -85,7 +101,7 @@ def differences(module, whole, cut):
                 found.append(f"{folder / name} has {len(part)} rows for {len(set(part))} steps")
         if marks[0] != marks[1]:
             found.append(f"{name}: steps {sorted(set(marks[0]) ^ set(marks[1]))[:3]} are in one of them only")
-        elif rows[0] != rows[1]:
+        elif [r for r in rows[0] if int(r["step"]) <= until] != [r for r in rows[1] if int(r["step"]) <= until]:
             i = next(i for i in range(len(rows[0])) if rows[0][i] != rows[1][i])
             found.append(f"{name}: row {i + 1} differs: {rows[0][i]} and {rows[1][i]}")
     return found
@@ -96,13 +112,13 @@ class Run:
 
     def __init__(self, line, script, runs, log):
         self.line, self.script, self.runs, self.log, self.folder = line, script, runs, log, None
-        self.anew = 0
+        self.anew, self.kept = 0, []
 
     def start(self, module):
         """A process that begins the run, or goes on with it from its last checkpoint."""
         if read_checkpoint(module, self.folder) is None:
             self.anew += self.folder is not None
-            self.before = set(self.runs.iterdir())
+            self.before, self.kept = set(self.runs.iterdir()), []
             self.folder, line = None, [*self.line, "--run-dir", self.runs]
         else:
             line = [sys.executable, self.script, "--resume", self.folder]
@@ -125,9 +141,14 @@ class Run:
 
     def describe(self, module):
         checkpoint = read_checkpoint(module, self.folder)
+        online = checkpoint["states"].get("online") if checkpoint else None
+        if online:
+            offline_steps = json.loads((self.folder / "args.json").read_text())["offline_steps"]
+            self.kept.append((offline_steps + len(online["rewards"]), online))
         step = "none" if checkpoint is None else int(checkpoint["states"]["step"].flat[0])
         last = lambda name: (read_rows(self.folder / name) or [{"step": 0}])[-1]["step"] if self.folder else 0
         torn = [name for name in EVENTS[1:] if self.stamp(name) not in (None, self.stamps[name])]
+        step = f"{step} with {len(online['rewards'])} online transitions" if online else step
         words = f"checkpoint {step}, metrics.csv to {last('metrics.csv')}, eval.csv to {last('eval.csv')}"
         if self.folder and not (self.folder / "checkpoint.msgpack").exists() and checkpoint:
             torn.append("between the two renames of a checkpoint")
@@ -239,12 +260,13 @@ def main():
         if process.returncode:
             wrong = [f"a resumed run ended with status {process.returncode}; its output is in {log}"]
             break
-        finished, anew, wrong = finished + 1, anew + run.anew, differences(module, whole, run.find())
-        print(f"run {finished} is through after {kills} kills: {'; '.join(wrong) or 'no difference'}", flush=True)
+        finished, anew, wrong = finished + 1, anew + run.anew, differences(module, whole, run.find(), run.kept)
+        told = f"{len(run.kept)} of them online, nothing lost" if run.kept else "no difference"
+        print(f"run {finished} is through after {kills} kills: {'; '.join(wrong) or told}", flush=True)
         if kills == args.kills:
             break
         run = Run(line, script, folder / "cut", log)
-    verdict = "DIFFERENT" if wrong else "the same to the bit"
+    verdict = "DIFFERENT" if wrong else "the same to the bit, or, after a kill online, nothing saved was lost"
     print(f"{script.name}: {kills} kills, {anew} starts anew, {finished} runs compared, {time.time() - started:.0f} s:")
     print(f"{verdict}{': ' + '; '.join(wrong) + f' (see {folder})' if wrong else ''}")
     if not wrong:

@@ -3,7 +3,7 @@
     python tools/plot_runs.py runs/pointmaze-* --behaviour --output curve.png
 
 Runs of one script and environment are one line: the mean over seeds, with a band from the lowest to the highest seed;
-from three scripts on, a thin line a seed instead.
+from three scripts on, a thin line a seed instead. A dotted line marks where a run goes on online.
 --behaviour scores the flow that imitates the data ("slow") of each run's checkpoint, on the same episodes and with the
 same noise as the policy itself, and keeps the result in the run's folder as behaviour.csv.
 """
@@ -72,8 +72,8 @@ def score_behaviour(run: Path) -> list[dict]:
     return rows
 
 
-def draw(curves: dict, behaviours: dict, title: str, output: Path) -> None:
-    """curves: label -> {step: [success of each seed]}; behaviours: label -> [success of each seed]."""
+def draw(curves: dict, behaviours: dict, switches: set[int], title: str, output: Path) -> None:
+    """curves: label -> {step: [success of each seed]}; behaviours: label -> [success of each seed]; switches: steps."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for i, (label, by_step) in enumerate(curves.items()):
         steps = sorted(by_step)
@@ -88,14 +88,17 @@ def draw(curves: dict, behaviours: dict, title: str, output: Path) -> None:
             axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
         if label in behaviours:
             axes.axhline(np.mean(behaviours[label]), color=f"C{i}", linestyle="--", label="its behaviour flow")
-    axes.set(xlabel="gradient steps", ylabel="success rate", ylim=(-0.03, 1.03), title=title)
+    for step in switches:
+        axes.axvline(step, color="black", linestyle=":", linewidth=1)
+    steps = "gradient steps, online environment steps" if switches else "gradient steps"
+    axes.set(xlabel=steps, ylabel="success rate", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best") if len(curves) <= 2 else axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(output, dpi=120)
 
 
 def main(args: Args) -> None:
-    curves, behaviours, environments = {}, {}, set()
+    curves, behaviours, environments, switches = {}, {}, set(), set()
     for run in args.runs:
         if not (run / "args.json").exists() or not (run / "eval.csv").exists():
             print(f"error: {run} is no run folder with evaluations (args.json, eval.csv)", file=sys.stderr)
@@ -103,14 +106,16 @@ def main(args: Args) -> None:
         saved = json.loads((run / "args.json").read_text())
         label = f"{saved['script']}"
         environments.add(saved["env_id"])
-        for row in read_rows(run / "eval.csv"):
+        rows = read_rows(run / "eval.csv")
+        switches |= {saved["offline_steps"]} if any(row["phase"] == "online" for row in rows) else set()
+        for row in rows:
             by_step = curves.setdefault(label, collections.defaultdict(list))
             by_step[int(row["step"])].append(float(row["success_rate"]))
         if args.behaviour:
             done = (run / "behaviour.csv").exists()
             rows = read_rows(run / "behaviour.csv") if done else score_behaviour(run)
             behaviours.setdefault(label, []).extend(float(row["success_rate"]) for row in rows)
-    draw(curves, behaviours, args.title or ", ".join(sorted(environments)), args.output)
+    draw(curves, behaviours, switches, args.title or ", ".join(sorted(environments)), args.output)
     for label, by_step in curves.items():
         step = max(by_step)
         beside = f", behaviour flow {np.mean(behaviours[label]):.3f}" if label in behaviours else ""
