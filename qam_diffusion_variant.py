@@ -1,0 +1,650 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2", "tyro>=0.9.2",
+#     "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+# ///
+"""Adjoint matching on a diffusion policy, offline: python qam_diffusion_variant.py --env-id cube-double-play
+
+QAM (arXiv 2601.14234) with a DDPM policy, by discrete adjoint matching (arXiv 2409.08861). Of two networks eps(s, x, k)
+"slow" imitates the data, "fast" is slow moved to high Q; steps k = N .. 1 turn noise x_N into a chunk of H actions x_0:
+(1) critic      y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'));   L_Q = mean (Q_k(s, a) - y)^2
+(2) schedule    alpha_k = max(f(k) / f(k-1), 0.001),   f(k) = cos^2((k/N + 0.008) / 1.008 pi/2),   abar_k = prod alpha
+(3) behaviour   x_k = sqrt(abar_k) a + sqrt(1 - abar_k) e;   L_BC = mean (eps_slow(s, x_k, k) - e)^2
+(4) rollout     x_{k-1} = mu_fast(x_k) + sigma_k noise_k,   sigma_k^2 = (1 - abar_{k-1}) / (1 - abar_k) (1 - alpha_k)
+                mu(x_k) = (x_k - (1 - alpha_k) / sqrt(1 - abar_k) eps(s, x_k, k)) / sqrt(alpha_k);   mu_slow' for k = 1
+(5) adjoint     g_0 = -inv_temp grad_a mean_K Q'(s, a) at a = x_0;   g_k = J^T g_{k-1},   J = d/dx mu_slow'(x) at x_k
+(6) matching    L_AM = N mean_B sum_{k > 1} || (mu_fast - mu_slow')(x_k) / sigma_k + sigma_k g_{k-1} ||^2
+Q' and mu_slow' are of target copies. (6) is regression; its optimum, as N grows, is p_chain(a|s) exp(inv_temp Q(s, a))
+/ Z, where p_chain is what (4) makes with slow alone. With few steps that is not the data, but narrower: of a Gaussian's
+variance 1.0 or 0.05 it keeps 68 % or 45 % at N = 10, 95 % or 87 % at N = 100. "Choice:" marks what the papers leave
+open, such as the settings of this variant: QAM's. Shapes: B batch, O observation, A action, D = H A, K critics.
+
+Differs from qam_offline.py: Args, resolve_args, Networks, make_networks, lean_adjoint, policy, sample_actions,
+critic_loss, adjoint_matching_loss, policy_loss.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ogbench
+import optax
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------------- 2. arguments
+PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other domains see resolve_args
+    "cube-double-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=1.0),
+    "cube-triple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=3.0),
+    "cube-quadruple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=1.0, dataset="100M"),
+    "scene-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=1.0),
+    "puzzle-3x3-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=3.0),
+    "puzzle-4x4-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=30.0, dataset="100M"),
+    "antmaze-large-navigate": dict(horizon=1, discount=0.99, rho=0.5, sparse=False, inv_temp=10.0),
+    "antmaze-giant-navigate": dict(horizon=1, discount=0.995, rho=0.5, sparse=False, inv_temp=3.0),
+    "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
+    "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
+}
+COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
+MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
+MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
+
+
+@dataclasses.dataclass
+class Args:
+    """Arguments; None means the paper's value for the domain (PAPER_SETTINGS)."""
+
+    env_id: str = "cube-double-play"  # domain, or with its task (scene-play-task1), or an OGBench id
+    seed: int = 1  # seed of the first (or only) run, 0 or more
+    num_seeds: int = 1  # seeds seed, seed + 1, .. trained side by side in this process, at least 1
+    offline_steps: int = 1_000_000  # gradient steps, at least 1
+    batch_size: int = 256  # action chunks a gradient step, at least 1
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer, of every network
+    num_critics: int = 10  # critics in the ensemble (K), at least 1
+    horizon: int | None = None  # actions in a chunk (H), executed one after the other without looking, at least 1
+    diffusion_steps: int = 10  # steps from noise to action (N), at least 2
+    discount: float | None = None  # discount an environment step, in [0, 1]
+    tau: float = 0.005  # target-update rate a gradient step, in (0, 1]
+    rho: float | None = None  # pessimism: standard deviations of the ensemble taken off the target, 0 or more
+    inv_temp: float | None = None  # inverse temperature: weight of Q against the behaviour, 0 (imitation) or more
+    learning_rate: float = 3e-4  # Adam's step size, above 0
+    max_grad_norm: float = 1.0  # largest norm of the joint gradient of all networks, above 0
+    best_of_n: int = 1  # chunks drawn when acting, of which that of highest Q is executed, at least 1
+    sparse: bool | None = None  # make every reward that is not 0 a -1
+    eval_every: int = 50_000  # gradient steps between evaluations, at least 1
+    eval_episodes: int = 50  # episodes an evaluation, at least 1
+    eval_envs: int = os.cpu_count() or 1  # environment processes, at least 1; does not change the score
+    log_every: int = 5_000  # gradient steps between rows of metrics.csv, at least 1
+    checkpoint_every: int = 50_000  # gradient steps between checkpoints, at least 1
+    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards; without it see find_dataset
+    dataset_replace_every: int = 1_000  # gradient steps on a shard before the next one, at least 1
+    run_dir: str = "runs"  # folder in which the run makes its own folder
+    resume: str | None = None  # run folder to go on with; flags that would change its result are refused
+    eval_only: str | None = None  # run folder whose checkpoint is scored, without training
+    track: bool = False  # log to Weights & Biases (offline, in the run folder, when not logged in there)
+    wandb_project: str = "qam"  # project there
+    capture_video: int = 0  # evaluation episodes to record as mp4, 0 or more (needs: pip install "imageio[ffmpeg]")
+
+
+def fail(message: str, status: int = 2) -> None:
+    """Print one sentence and exit: status 2 for what the user can put right, 1 for what broke on the way."""
+    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)  # beside the progress bar
+    sys.exit(status)
+
+
+def split_env_id(env_id: str) -> tuple[str, str, str]:
+    """`env_id` -> (domain, gymnasium id, dataset name); exits with 2 and the nearest valid names if there is none."""
+    kinds = {"pointmaze": "navigate stitch", "antmaze": "navigate stitch explore", "humanoidmaze": "navigate stitch"}
+    kinds |= {"antsoccer": "navigate stitch", "visual": ""}  # of the others: play noisy; one model does not compile
+    names = sorted({n[:-14] for n in gymnasium.registry if n[-14:] == "-singletask-v0"} - {"humanoidmaze-teleport"})
+    domains = [f"{name}-{kind}" for name in names for kind in kinds.get(name.split("-")[0], "play noisy").split()]
+    domain, size, task = re.fullmatch(r"(.*?)(-100m)?(?:-singletask)?(-task\w*)?(?:-v0)?", env_id, re.S).groups("")
+    if domain not in domains:
+        near = ", ".join(difflib.get_close_matches(domain.removeprefix("visual-"), domains, cutoff=0.3) or domains)
+        fail(f"--env-id {env_id} is none of OGBench's state-based single-task domains; the nearest are {near}")
+    environment_id = f"{domain.rsplit('-', 1)[0]}-singletask{task}-v0"
+    if environment_id not in gymnasium.registry:
+        fail(f"--env-id {env_id}: {domain} has no '{task[1:]}'; its tasks are task1 to task5")
+    return domain, environment_id, f"{domain}{size}-v0"
+
+
+def resolve_args(args: Args) -> tuple[Args, dict]:
+    """Fill in the paper's values, or those of the run to go on with; check all: (args, that run's args.json or {})."""
+    saved = {}
+    if folder := args.resume or args.eval_only:
+        try:
+            saved = json.loads((Path(folder) / "args.json").read_text())
+            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"] and saved["data"]["path"][0]
+            saved["hidden_dims"] = tuple(map(int, saved["hidden_dims"]))
+            assert all(isinstance(saved[f.name], f.type) for f in dataclasses.fields(Args) if f.name != "hidden_dims")
+            said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
+            given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError):
+            fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
+        if changed := given.keys() - MAY_CHANGE:
+            fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
+        args = Args(**{k: saved[k] for k in vars(args)} | {"resume": args.resume, "eval_only": args.eval_only} | given)
+    domain = split_env_id(args.env_id)[0]
+    settings = dict(horizon=5 if domain[:3] in ("cub", "sce", "puz") else 1, discount=0.99, rho=0.5, sparse=False)
+    settings |= {name: value for name, (value, *_) in COEFFICIENTS.items()} | PAPER_SETTINGS.get(domain, {})
+    args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
+    values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
+    bounds = {f.name: (1, 10**12) for f in dataclasses.fields(Args) if f.type in (int, tuple[int, ...])}
+    bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
+    bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
+    bounds |= {"diffusion_steps": (2, 1000), "tau": (1e-9, 1), "rho": (0, 1e9), "learning_rate": (1e-12, 1e3)}
+    bounds |= {"max_grad_norm": (1e-12, 1e12)} | {name: limits for name, (_, *limits) in COEFFICIENTS.items()}
+    for name, (least, most) in bounds.items():
+        if type(values[name]) not in (int, float) or not least <= values[name] <= most:
+            fail(f"--{name.replace('_', '-')} must be from {least} to {most}, not {values[name]}")
+    return args, saved
+
+
+# -------------------------------------------------------------------------------------------------------------- 3. data
+class Dataset(NamedTuple):
+    observations: Any  # (N, O)
+    actions: Any  # (N, A)
+    rewards: Any  # (N,)
+    masks: Any  # (N,) 0 where the task is solved: no bootstrap
+    terminals: Any  # (N,) 1 at the last transition of an episode
+    next_observations: Any  # (N, O)
+
+
+class Batch(NamedTuple):
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, H*A)
+    rewards: jax.Array  # (B,) discounted sum over the chunk
+    masks: jax.Array  # (B,)
+    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
+    next_observations: jax.Array  # (B, O)
+
+
+def gather_chunks(dataset: Dataset, indices: jax.Array, horizon: int, discount: float) -> Batch:
+    """Chunks of `horizon` transitions from `indices` (B,) on, cut where their episode ends (arXiv 2507.07969)."""
+    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
+    valid = (jnp.cumsum(dataset.terminals[steps], axis=1) == dataset.terminals[steps]).astype(jnp.float32)  # (B, H)
+    rewards = jnp.sum(discount ** jnp.arange(horizon) * dataset.rewards[steps] * valid, axis=1)
+    masks = jnp.min(jnp.where(valid == 1, dataset.masks[steps], 1.0), axis=1)
+    last = indices + jnp.sum(valid, axis=1).astype(indices.dtype) - 1  # (B,) last valid step
+    actions = dataset.actions[steps].reshape(len(indices), -1)  # (B, H*A)
+    return Batch(dataset.observations[indices], actions, rewards, masks, valid[:, -1], dataset.next_observations[last])
+
+
+def find_dataset(args: Args) -> list[Path]:
+    """The dataset's file, or its shards. Downloads or collects what is missing."""
+    name, folder = split_env_id(args.env_id)[2], os.path.expanduser(args.dataset_dir or "")
+    official, collected = (Path(f"~/.ogbench/{kind}/{name}.npz").expanduser() for kind in ("data", "collected"))
+    if args.dataset_dir is not None:
+        paths = sorted(filter(Path.is_file, Path(folder).glob("*.npz"))) if os.path.isdir(folder) else []
+        paths = [path for path in paths if path.stem == name] or [path for path in paths if path.stem[-4:] != "-val"]
+        return paths or fail(f"--dataset-dir {args.dataset_dir} holds neither {name}.npz nor another npz file")
+    if found := [path for path in (official, collected) if path.exists()]:
+        return found[:1]
+    try:
+        socket.setdefaulttimeout(20)  # seconds without an answer
+        ogbench.download_datasets([name])
+        return [official]
+    except OSError as error:
+        print(f"{name}.npz can't be downloaded ({error}).", flush=True)
+    tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
+    if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
+        fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
+    return [collected]
+
+
+def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
+    """Read an OGBench file and label it with the task's rewards; numpy arrays, float32. Exits with 2 if it is unfit."""
+    try:
+        data = ogbench.load_dataset(str(path), add_info=True)
+        assert not (bad := [k for k, v in data.items() if not np.isfinite(v).all()]), f"{bad} are not finite throughout"
+        assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
+        dims = [data[field].shape[1:] for field in ("observations", "actions", "qpos")]
+        assert dims == [(d,) for d in (*env.dims, env.unwrapped.model.nq)], f"its fields {dims} are not the task's"
+        assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
+        ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
+    except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
+        fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
+    data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0) if args.sparse else data["rewards"]
+    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
+
+
+# ---------------------------------------------------------------------------------------------------------- 4. networks
+class MLP(nn.Module):
+    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output_dim)."""
+
+    hidden_dims: tuple[int, ...]
+    output_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.hidden_dims:
+            x = nn.gelu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x), approximate=True)
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+        return nn.Dense(self.output_dim, kernel_init=nn.initializers.xavier_uniform())(x)
+
+
+class NoisePredictor(nn.Module):
+    """eps(s, x, k): (..., O), (..., D), (..., 1) from 1 to N -> (..., D)."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int  # D
+    num_steps: int  # N
+
+    @nn.compact
+    def __call__(self, observations, x, k):
+        nn.share_scope(self, mlp := MLP(self.hidden_dims, self.action_dim))
+        # Choice: the MLP predicts v = signal e - spread a; of an MLP for e, mu would magnify errors 32 times at k = N.
+        signal, spread, *_ = schedule(k, self.num_steps)
+        observations, k = (jnp.broadcast_to(y, (*x.shape[:-1], y.shape[-1])) for y in (observations, k))
+        return spread * x + signal * mlp(jnp.concatenate([observations, x, k / self.num_steps], axis=-1))
+
+
+class Critic(nn.Module):
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+
+    hidden_dims: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        ensemble = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
+        nn.share_scope(self, mlp := nn.vmap(MLP, axis_size=self.num_critics, **ensemble)(self.hidden_dims, 1, True))
+        return mlp(jnp.concatenate([observations, actions], axis=-1))[..., 0]
+
+
+class Networks(NamedTuple):
+    critic: Critic
+    slow: NoisePredictor  # behaviour policy
+    fast: NoisePredictor  # fine-tuned policy
+
+
+def make_networks(args: Args, observation_dim: int, action_dim: int) -> Networks:
+    """The modules, without parameters; `action_dim` is A, of one action."""
+    predictor = NoisePredictor(args.hidden_dims, args.horizon * action_dim, args.diffusion_steps)
+    return Networks(Critic(args.hidden_dims, args.num_critics), predictor, predictor)
+
+
+# -------------------------------------------------------------------------------------------------------- 5. the policy
+def schedule(k: jax.Array, num_steps: int) -> jax.Array:
+    """k (..) from 1 to N -> sqrt(abar_k), sqrt(1 - abar_k), sqrt(alpha_k), sqrt(1 - alpha_k), sigma_k (5, ..)."""
+    f = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    alpha = np.maximum(f[1:] / f[:-1], 0.001)
+    abar = np.cumprod(alpha)
+    variance = (1 - abar / alpha) / (1 - abar) * (1 - alpha)  # sigma_k^2; abar_k / alpha_k is abar_{k-1}
+    return jnp.asarray(np.sqrt([abar, 1 - abar, alpha, 1 - alpha, variance]), k.dtype)[:, k.astype(int) - 1]
+
+
+def reverse_mean(epsilon, x: jax.Array, k, num_steps: int) -> jax.Array:
+    """mu of equation (4): x (..., D), k () or (..., 1) -> (..., D)."""
+    k = jnp.broadcast_to(k, (*x.shape[:-1], 1))
+    _, spread, keep, add, _ = schedule(k, num_steps)
+    return (x - add**2 / spread * epsilon(x, k)) / keep
+
+
+def sample_ancestral(epsilon, base_epsilon, x_N: jax.Array, noise: jax.Array) -> jax.Array:
+    """Equation (4): x_N (B, D), noise (N-1, B, D) -> x_N .. x_0 (N+1, B, D); the last step is the base's."""
+    num_steps, k = len(noise) + 1, jnp.arange(len(noise) + 1, 1.0, -1.0)  # k = N .. 2
+    step = lambda x, given: (reverse_mean(epsilon, x, given[0], num_steps) + given[1] * given[2], x)
+    x, xs = jax.lax.scan(step, x_N, (k, schedule(k, num_steps)[4], noise), unroll=10)  # x_1, and x_N .. x_2 (N-1, B, D)
+    return jnp.concatenate([xs, x[None], reverse_mean(base_epsilon, x, 1.0, num_steps)[None]])
+
+
+def lean_adjoint(base_epsilon, xs: jax.Array, terminal_adjoint: jax.Array) -> jax.Array:
+    """Equation (5): states x_N .. x_1 (N, B, D), g at x_0 (B, D) -> adjoints g_{N-1} .. g_0 (N, B, D)."""
+    linearise = lambda x, k: jax.vjp(lambda x: reverse_mean(base_epsilon, x, k, len(xs)), x)[1]  # g_{k-1} -> (g_k,)
+    pull_backs = jax.vmap(linearise)(xs[1:], jnp.arange(len(xs) - 1, 0.0, -1.0))  # all at once; then g step by step
+    first, rest = jax.lax.scan(lambda g, pull: (pull(g)[0], g), terminal_adjoint, pull_backs, reverse=True, unroll=10)
+    return jnp.concatenate([first[None], rest])
+
+
+def policy(args: Args, networks: Networks, params: dict, observations: jax.Array, noise: jax.Array) -> jax.Array:
+    """The policy: observations (..., O), noise (N, ..., D) -> chunks (..., D) in [-1, 1] by fast, equation (4)."""
+    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
+    base = partial(networks.slow.apply, {"params": params.get("target", params)["slow"]}, observations)  # for k = 1
+    # Choice: the x_0 predicted on the way are not clipped; with v as the MLP's output it made no difference (bandit).
+    return jnp.clip(sample_ancestral(fast, base, noise[0], noise[1:])[-1], -1, 1)
+
+
+def sample_actions(args: Args, networks: Networks, params: dict, observations: jax.Array, key: jax.Array) -> jax.Array:
+    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by the mean critic."""
+    action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
+    noise = jax.random.normal(key, (args.diffusion_steps, args.best_of_n, len(observations), action_dim))
+    observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
+    actions = policy(args, networks, params, observations, noise)  # (n, B, D)
+    if args.best_of_n == 1:
+        return actions[0]
+    q = networks.critic.apply({"params": params["critic"]}, observations, actions).mean(axis=0)  # (n, B)
+    return jnp.take_along_axis(actions, q.argmax(axis=0)[None, :, None], axis=0)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ 6. losses
+def td_target(rewards: jax.Array, masks: jax.Array, next_q: jax.Array, discount_h: float, rho: float) -> jax.Array:
+    """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
+    return rewards + discount_h * masks * (next_q.mean(axis=0) - rho * next_q.std(axis=0))
+
+
+def critic_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, key: jax.Array):
+    """Equation (1): (loss, metrics)."""
+    z, acting = jax.random.normal(key, (args.diffusion_steps, *batch.actions.shape)), params | {"target": target_params}
+    next_actions = jax.lax.stop_gradient(policy(args, networks, acting, batch.next_observations, z))  # a' (B, D)
+    next_q = networks.critic.apply({"params": target_params["critic"]}, batch.next_observations, next_actions)  # (K, B)
+    y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
+    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)  # (K, B)
+    loss = jnp.mean(batch.valid * (q - y) ** 2)
+    return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(axis=0).mean()}
+
+
+def denoising_loss(epsilon, actions: jax.Array, valid: jax.Array, noise: jax.Array, k: jax.Array, num_steps: int):
+    """Equation (3): actions (B, D), valid (B,), noise (B, D), k (B, 1) from 1 to N -> scalar."""
+    signal, spread, *_ = schedule(k, num_steps)
+    return jnp.mean(valid * jnp.mean((epsilon(signal * actions + spread * noise, k) - noise) ** 2, axis=-1))
+
+
+def adjoint_matching_loss(epsilon, base_epsilon, xs: jax.Array, adjoints: jax.Array) -> jax.Array:
+    """Equation (6): x_N .. x_1, g_{N-1} .. g_0 (N, B, D) -> scalar; gradients reach `epsilon` alone."""
+    xs, adjoints, num_steps = *jax.lax.stop_gradient((xs[:-1], adjoints[:-1])), len(xs)  # (N-1, B, D): not of k = 1
+    k = jnp.broadcast_to(jnp.arange(num_steps, 1.0, -1.0)[:, None, None], (*xs.shape[:-1], 1))  # (N-1, B, 1)
+    _, spread, keep, add, sigma = schedule(k, num_steps)
+    difference = epsilon(xs, k) - jax.lax.stop_gradient(base_epsilon(xs, k))
+    terms = sigma * adjoints - add**2 / (spread * keep * sigma) * difference
+    return num_steps * jnp.mean(jnp.sum(terms**2, axis=(0, 2)))  # N: the flow's terms, too, are 1 / h times the path's
+
+
+def policy_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, q, target_q, key):
+    """Equations (3) to (6): (loss, metrics). q and target_q map (s, a) to (K, B); target_q alone is used."""
+    key_e, key_k, key_x, key_noise = jax.random.split(key, 4)
+    observations, shape = batch.observations, batch.actions.shape  # (B, D)
+    slow = partial(networks.slow.apply, {"params": params["slow"]}, observations)
+    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
+    base = partial(networks.slow.apply, {"params": target_params["slow"]}, observations)
+    noise, k = jax.random.normal(key_e, shape), jax.random.randint(key_k, (shape[0], 1), 1, args.diffusion_steps + 1)
+    behaviour_loss = denoising_loss(slow, batch.actions, batch.valid, noise, k.astype(float), args.diffusion_steps)
+    x_N, noise = jax.random.normal(key_x, shape), jax.random.normal(key_noise, (args.diffusion_steps - 1, *shape))
+    xs = jax.lax.stop_gradient(sample_ancestral(fast, base, x_N, noise))  # (N+1, B, D)
+    value = lambda a: target_q(observations, jnp.clip(a, -1, 1)).mean(axis=0).sum()
+    g = -args.inv_temp * jax.grad(value)(xs[-1])  # (B, D)
+    matching_loss = adjoint_matching_loss(fast, base, xs[:-1], lean_adjoint(base, xs[:-1], g))
+    metrics = {"flow_loss": behaviour_loss, "adjoint_loss": matching_loss, "adjoint_mean": jnp.abs(g).mean()}
+    return behaviour_loss + matching_loss, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------- 7. training
+class TrainState(NamedTuple):
+    params: dict  # by network
+    target_params: dict  # of those networks that have a slow copy
+    opt_state: Any
+    step: jax.Array  # () gradient steps taken
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """One Adam for all networks; their joint gradient is clipped at `max_grad_norm` first."""
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
+
+
+def init_state(args: Args, networks: Networks, observation_dim: int, action_dim: int, key: jax.Array) -> TrainState:
+    """Fresh parameters, each network's independent of the others'; targets start as copies; `action_dim` is A."""
+    keys = dict(zip(networks._fields, jax.random.split(key, len(networks)), strict=True))
+    s, a, t = jnp.zeros((1, observation_dim)), jnp.zeros((1, args.horizon * action_dim)), jnp.zeros((1, 1))
+    inputs = {"critic": (s, a), "slow": (s, a, t), "fast": (s, a, t)}
+    params = {name: getattr(networks, name).init(keys[name], *inputs[name])["params"] for name in inputs}
+    target_params = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "slow")}
+    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.zeros((), jnp.int32))
+
+
+def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
+    """One gradient step on both losses; targets move towards the parameters of before it: (state, metrics)."""
+    key_critic, key_policy = jax.random.split(key)
+    params, target_params = state.params, state.target_params
+    q, target_q = (partial(networks.critic.apply, {"params": p["critic"]}) for p in (params, target_params))  # fixed
+
+    def total_loss(params):
+        loss_q, metrics_q = critic_loss(args, networks, params, target_params, batch, key_critic)
+        loss_pi, metrics_pi = policy_loss(args, networks, params, target_params, batch, q, target_q, key_policy)
+        return loss_q + loss_pi, metrics_q | metrics_pi
+
+    grads, metrics = jax.grad(total_loss, has_aux=True)(params)
+    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
+    target_params = optax.incremental_update({k: params[k] for k in target_params}, target_params, args.tau)
+    metrics |= {"grad_norm": optax.tree.norm(grads), "policy_grad_norm": optax.tree.norm(grads | {"critic": 0.0})}
+    return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
+
+
+def train_steps(args: Args, networks: Networks, state: TrainState, dataset: Dataset, num_steps):
+    """`num_steps` updates, for main to jit as one call: (state, metrics of the last, or of the first not finite)."""
+
+    def one_update(_, carry):
+        state, before = carry
+        key_indices, key_update = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), state.step))
+        indices = jax.random.randint(key_indices, (args.batch_size,), 0, len(dataset.rewards) - args.horizon + 1)
+        batch = gather_chunks(dataset, indices, args.horizon, args.discount)
+        state, metrics = update(args, networks, state, batch, key_update)
+        metrics |= {"step": state.step}
+        finite = jnp.isfinite(jnp.array(list(before.values()))).all()
+        return state, jax.tree.map(partial(jnp.where, finite), metrics, before or metrics)
+
+    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_update, 0, (state, {}))[1])
+    return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
+
+
+# ------------------------------------------------------------------------------------------------- 8. evaluation, files
+class ChunkedEpisode(gymnasium.Wrapper):
+    """An environment whose step executes a whole chunk, and whose episode depends on the reset's seed alone."""
+
+    def __init__(self, environment_id: str, horizon: int):
+        warnings.filterwarnings("ignore")  # about missing displays and rounded bounds
+        super().__init__(gymnasium.make(environment_id))
+        self.one_action = type(self.unwrapped).action_space = self.env.action_space  # OGBench's own is unseeded
+        self.dims = self.env.observation_space.shape[0], self.one_action.shape[0]  # O, A
+        self.action_space = gymnasium.spaces.Box(-1, 1, (horizon * self.dims[1],))
+
+    def reset(self, *, seed=None, options=None):
+        np.random.seed(seed)  # OGBench draws from numpy's global generator too
+        self.one_action.seed(seed)
+        self.scores, self.frames = {"success": 0.0, "return": 0.0, "length": 0}, []
+        self.video = (options or {}).get("videos", {}).get(seed)
+        return self.env.reset(seed=seed)[0], {}
+
+    def step(self, chunk):
+        for action in chunk.reshape(-1, self.dims[1]):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            self.scores["success"], self.scores["length"] = float(info["success"]), self.scores["length"] + 1
+            self.scores["return"] += float(reward)
+            self.frames += [self.unwrapped.render()] if self.video else []
+            if terminated or truncated:
+                break
+        if self.video and (terminated or truncated):
+            self.video = __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
+        return observation, float(reward), terminated, truncated, self.scores
+
+
+def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorEnv, run_dir: Path, signals: list):
+    """Score act(params, observations (E, O), key, numbers (E,)) -> (E, H*A) by seed: rows of eval.csv, [] on stop."""
+    rows, step, num_envs = [], int(states.step[0]), envs.num_envs
+    for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
+        params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
+        videos = {e: f"{run_dir}/videos/step_{step}_seed_{seed}_{e}.mp4" for e in range(args.capture_video)}
+        key, started, results = jax.random.fold_in(jax.random.key(seed), 2**32 - 2), time.time(), []  # of no update
+        episodes, chunks = np.arange(num_envs), np.zeros(num_envs, int)  # process i: i, i + E, .., a quota fixed here
+        playing = restart = np.ones(num_envs, bool)
+        while playing.any():
+            if signals:
+                return []
+            if restart.any():
+                observations, _ = envs.reset(seed=episodes.tolist(), options=dict(reset_mask=restart, videos=videos))
+            actions = np.asarray(act(params, observations, key, episodes * 2**12 + chunks))  # the same for any E
+            observations, _, terminated, truncated, scores = envs.step(actions)
+            ended = (terminated | truncated) & playing
+            results += [[scores[name][e] for name in ("success", "return", "length")] for e in np.flatnonzero(ended)]
+            episodes, chunks = episodes + num_envs * ended, (chunks + 1) * ~ended
+            playing = episodes < args.eval_episodes
+            restart = ended & playing
+        scores = dict(zip(("success_rate", "return", "length"), np.mean(results, axis=0).tolist(), strict=True))
+        scores |= {"episodes": len(results), "wall_seconds": round(time.time() - started, 1)}
+        rows.append({"step": step, "seed": seed, "phase": "offline"} | scores)
+        tqdm.write("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    return rows
+
+
+def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file so that it is there whole or not at all; the one before becomes `previous`, if named."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if previous and path.exists():
+        os.replace(path, previous)
+    os.replace(f"{path}.tmp", path)
+
+
+def save_checkpoint(run_dir: Path, states: TrainState, log: dict) -> None:
+    """checkpoint.msgpack: 32 bytes of SHA-256, then the states and, as JSON, the rows of the CSV files."""
+    states = flax.serialization.to_state_dict(jax.device_get(states))
+    content = flax.serialization.msgpack_serialize({"states": states, "log": json.dumps(log)})
+    content = hashlib.sha256(content).digest() + content
+    write_whole(run_dir / "checkpoint.msgpack", content, run_dir / "checkpoint.previous.msgpack")
+
+
+def load_checkpoint(run_dir: str | Path) -> dict:
+    """{"states": nested dicts of arrays, leading axis the seeds, "log": JSON}; exits with 2 if no file is whole."""
+    for path in (Path(run_dir) / "checkpoint.msgpack", Path(run_dir) / "checkpoint.previous.msgpack"):
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return flax.serialization.msgpack_restore(content[32:])
+        print(f"{path} is {'damaged' if content else 'not there'}", file=sys.stderr)
+    fail(f"{run_dir} holds no whole checkpoint; start the run anew")
+
+
+# -------------------------------------------------------------------------------------------------------------- 9. main
+def main(args: Args) -> list[dict] | None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts there is nothing to save
+    (args, saved), signals = resolve_args(args), []
+    seeds, devices = np.arange(args.seed, args.seed + args.num_seeds), jax.local_devices()[: args.num_seeds]
+    if args.num_seeds % len(devices):
+        fail(f"--num-seeds {args.num_seeds} can't be shared evenly by the {len(devices)} accelerators of this machine")
+    by_seed, everywhere = (NamedSharding(Mesh(devices, "seed"), PartitionSpec(axis)) for axis in ("seed", None))
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.eval_only or Path(args.run_dir) / name)
+    if args.capture_video:
+        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
+        find_spec("imageio_ffmpeg") or fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
+    make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
+    env = make_env()
+    networks = make_networks(args, *env.dims)
+    states = jax.jit(jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed))))(seeds)
+    one_seed = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
+    alone = lambda seeds, states, *rest: jax.lax.map(lambda x: one_seed(*x, *rest), (seeds, states))  # faster than vmap
+    act = lambda params, s, key, n: sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[0]
+    act, log = jax.jit(jax.vmap(act, (None, 0, None, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
+    if saved:
+        checkpoint = load_checkpoint(run_dir)
+        states, log = flax.serialization.from_state_dict(states, checkpoint["states"]), json.loads(checkpoint["log"])
+    states, step = jax.device_put(states, by_seed), int(states.step[0])
+    if not args.eval_only:
+        paths = find_dataset(args)
+        order, every = np.random.default_rng(args.seed).permutation(len(paths)), args.dataset_replace_every
+        shard = lambda step: load_dataset(args, paths[order[step // every % len(paths)]], env)
+        dataset = jax.device_put(shard(step), everywhere)
+        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
+        if saved and hashes != saved["data"]["sha256"]:
+            fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the environment processes: Ctrl-C is for this one alone
+    spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)  # fork copies held locks
+    envs = gymnasium.vector.AsyncVectorEnv([make_env] * min(args.eval_envs, args.eval_episodes), **spawn)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    if args.eval_only:
+        return evaluate(args, act, states, envs, run_dir, signals) or sys.exit(128 + signals[0])
+    record = vars(args) | {"script": Path(__file__).stem, "observation_dim": env.dims[0], "action_dim": env.dims[1]}
+    paper = PAPER_SETTINGS.get(split_env_id(args.env_id)[0], {}).get("dataset", "official")
+    data = {"path": list(map(str, paths)), "sha256": hashes, "transitions": len(dataset.rewards), "of_paper": paper}
+    versions = {name: version(name) for name in ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")}
+    record |= {"data": data, "device": devices[0].device_kind, "versions": versions}
+    print(", ".join(f"{key} {value}" for key, value in record.items()))
+    try:
+        (run_dir / "videos").mkdir(parents=True, exist_ok=bool(saved))
+        write_whole(run_dir / "args.json", json.dumps(record, indent=1).encode())
+        if args.track:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
+            wandb.init(project=args.wandb_project, name=run_dir.name, dir=str(run_dir), config=record, mode=mode)
+
+        def add_rows(file, rows):
+            log[file] += rows
+            lines = [",".join(map(str, row)) for row in [rows[0], *(row.values() for row in log[file])]]
+            write_whole(run_dir / file, "\n".join([*lines, ""]).encode())
+            for row in rows if args.track else []:
+                wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
+
+        train = jax.jit(jax.vmap(one_seed, (0, 0, None, None)) if args.num_seeds > 1 else alone, donate_argnums=1)
+        states, _ = train(seeds, states, dataset, 0)  # compiles
+        intervals = [args.log_every, args.eval_every, args.checkpoint_every] + [every] * (len(paths) > 1)
+        loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, step, 0.0, None
+        upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
+        bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", dynamic_ncols=True)
+        while True:
+            done, scored = step >= args.offline_steps, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
+            due = step > scored and (done or step % args.eval_every == 0)
+            if signals or done or due or (step > 0 and step % args.checkpoint_every == 0):
+                save_checkpoint(run_dir, states, log)
+            if due and (rows := evaluate(args, act, states, envs, run_dir, signals)):
+                add_rows("eval.csv", rows)
+                rates = [row["success_rate"] for row in rows]
+                bar.set_description(f"success {np.mean(rates):.2f} ± {np.std(rates):.2f}")
+            if signals or done:
+                break
+            started = time.time()
+            num_steps = min(dispatch, args.offline_steps - step, *(n - step % n for n in intervals))
+            states, metrics = train(seeds, states, dataset, num_steps)
+            metrics = jax.device_get(metrics)  # waits for the device
+            step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
+            if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
+                fail(f"{bad[0]} is not finite at step {last}; {run_dir} keeps the checkpoint from before, if any", 1)
+            busy, dispatch = busy + seconds, max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, a prompt Ctrl-C
+            if left is None and busy > 1:
+                left = (args.offline_steps - step) * seconds / num_steps / 3600
+                tqdm.write(f"about {left:.2g} hours on this {record['device']}; see README for sizes that fit")
+            bar.update(num_steps)
+            bar.set_postfix({name: f"{m.mean():.3g}" for name, m in metrics.items() if "loss" in name})
+            if step % args.log_every == 0:
+                metrics["updates_per_second"] = np.full(args.num_seeds, round((step - logged) / busy, 2))
+                values = [{name: float(m[i]) for name, m in metrics.items()} for i in range(args.num_seeds)]
+                add_rows("metrics.csv", [{"step": step, "seed": args.seed + i} | row for i, row in enumerate(values)])
+                logged, busy = step, 0.0
+            if upcoming and step % every == 0:
+                dataset = None  # two shards in memory, never three
+                dataset, upcoming = jax.device_put(upcoming.result(), everywhere), loader.submit(shard, step + every)
+        bar.close(), envs.close(terminate=True)  # also when the signal has reached its processes
+    except OSError as error:
+        fail(f"writing to {run_dir} failed ({error}); what was saved there before is whole. See --run-dir and --resume")
+    if signals:
+        print(f"stopped at step {step} and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
+        sys.exit(128 + signals[0])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
