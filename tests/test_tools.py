@@ -41,9 +41,38 @@ def test_benchmark_counts_what_the_paper_size_costs():
 def test_every_method_trains_on_the_bandit(name):
     """Its own policy_loss with the analytic Q, whose critics all agree; samples move, nothing is lost to nan."""
     coefficient = closed_form.GRIDS[name][1][0]
-    samples, norms = closed_form.train(name, [coefficient], flow_steps=3, num_steps=30, seed=0)
+    matching = name.startswith("qam")
+    samples, norms, *chain = closed_form.train(name, [coefficient], 3, 30, 0, chain=2000 if matching else 0)
+    assert [part.shape for part in chain] == [(1, 2000, 2)] * matching and np.isfinite(chain).all()
     assert samples.shape == (1, 3000, 2) and np.abs(samples).max() <= 1 and samples.std() > 0.05
     assert norms.shape == (1, 30) and np.isfinite(norms).all() and (norms > 0).all()
+
+
+def test_distances_of_a_chain_that_samples_the_data():
+    """Then its own target is the target: the policy that samples the target is at the floor from both."""
+    rng = np.random.default_rng(0)
+    data = closed_form.draw(rng, closed_form.MEANS, 0.15, np.zeros(4), 30_000)
+    target, sample = (
+        closed_form.draw(
+            rng, closed_form.TARGET_MEANS, closed_form.PRECISION**-0.5, closed_form.TARGET_LOG_WEIGHTS, 3000
+        )
+        for _ in range(2)
+    )
+    distances = closed_form.chain_distances(rng, sample, data, data[-1000:], target)
+    assert max(distances) < 0.01
+    assert min(closed_form.chain_distances(rng, data[:1000], data[:, :1] * [1, 0], data[-1000:], target)) > 0.05
+
+
+def test_benchmark_runs_the_online_phase():
+    """Environment and updates at once, against the slower of the two."""
+    line = [sys.executable, ROOT / "tools/benchmark.py", ROOT / "qam_offline_to_online.py", "--json", "--repeats", "3"]
+    line += ["--seconds", "0.1", "--online-seconds", "2", "--env-id", DOMAIN, "--skip-evaluation", *TINY]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    bound = min(figures["environment_steps_per_second_alone"], figures["updates_per_second"])
+    assert figures["online_fraction"] == pytest.approx(figures["online_steps_per_second"] / bound, abs=0.01)
+    assert figures["online_fraction"] > 0.05
 
 
 def test_the_target_is_behaviour_times_exp_q():

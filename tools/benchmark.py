@@ -36,6 +36,7 @@ NOMINAL = {
     "fql": lambda T, K, W: (T + 3) * W["flow"] + 4 * W["one_step"] + 6 * K * W["critic"],
     "fbrac": lambda T, K, W: (4 * T + 3) * W["flow"] + 6 * K * W["critic"],
     "qam_offline_to_online": lambda T, K, W: (8 * T + 3) * W["fast"] + 6 * K * W["critic"],
+    "qam_diffusion_variant": lambda T, K, W: (8 * T - 3) * W["fast"] + 6 * K * W["critic"],
     "bam": lambda T, K, W: (9 * T - 3) * W["fast"] + 6 * K * W["critic"],
     "dsrl": lambda T, K, W: (2 * T + 3) * W["flow"] + 4 * W["actor"] + 5 * K * (W["critic"] + W["latent_critic"]),
 }
@@ -52,12 +53,17 @@ def kernel_entries(args, params: dict) -> dict:
     return entries
 
 
+def steps_of(args) -> int:
+    """T, or N for a diffusion."""
+    return args.flow_steps if hasattr(args, "flow_steps") else args.diffusion_steps
+
+
 def matmul_rates(args) -> dict:
     """{size: a function that multiplies for about 0.2 s and returns GFLOP a second}, float32."""
     width, batch = max(args.hidden_dims), args.batch_size
     sizes = {
         f"{batch} x {width}": ((batch, width), (width, width)),
-        f"{args.flow_steps * batch} x {width}": ((args.flow_steps * batch, width), (width, width)),
+        f"{steps_of(args) * batch} x {width}": ((steps_of(args) * batch, width), (width, width)),
         f"{args.num_critics} x {batch} x {width}": ((args.num_critics, batch, width), (args.num_critics, width, width)),
     }
 
@@ -231,7 +237,7 @@ def main() -> None:
     gflop, updates_per_second = None, float(np.median(speeds))
     if own.script.stem in NOMINAL:
         entries = kernel_entries(args, params)
-        gflop = 2 * args.batch_size * NOMINAL[own.script.stem](args.flow_steps, args.num_critics, entries) / 1e9
+        gflop = 2 * args.batch_size * NOMINAL[own.script.stem](steps_of(args), args.num_critics, entries) / 1e9
     figures = {
         "script": own.script.name,
         "env_id": args.env_id,

@@ -6,10 +6,14 @@ Gaussians again. Every method's own policy_loss, imported from its script, is tr
 in, once for each coefficient of a small grid; the figure shows behaviour, target, and what each method makes of it at
 its best coefficient. Distance: squared MMD (V-statistic), RBF kernels of width 0.1, 0.3, 1.0 summed, 3,000 samples.
 
+Exact is "what the base chain samples, times exp(Q)": with few steps that chain is not the data. So for the two methods
+that match adjoints, at 10 and 30 steps, also: the distance of the base chain (slow, with the noise of the rollout) from
+the data, and that of the trained policy from the base chain's own target, its samples drawn again with weights exp(Q).
+
 Then the health of the gradient: the norm of the policy loss's gradient, before clipping, for T = 5, 10, 20, 40 steps of
 the flow, for the method that regresses onto the adjoint (QAM) and the two that backpropagate through the steps (FBRAC,
 BAM); on the bandit during training, and with --checkpoint on the networks of a finished run of qam_offline.py.
-Files: bandit.png, bandit.csv, gradients.png, gradients.csv in --output-dir.
+Files: bandit.png, bandit.csv, chains.csv, gradients.png, gradients.csv in --output-dir.
 """
 
 import argparse
@@ -31,12 +35,14 @@ TARGET_MEANS = (MEANS / 0.15**2 + [2.0, 0.7]) / PRECISION
 TARGET_LOG_WEIGHTS = PRECISION * (TARGET_MEANS**2).sum(1) / 2 - (MEANS**2).sum(1) / (2 * 0.15**2)
 GRIDS = {  # script: its coefficient, the values tried
     "qam_offline": ("inv_temp", (1.0,)),  # the coefficient that the target is stated for
+    "qam_diffusion_variant": ("inv_temp", (1.0,)),
     "fql": ("alpha", (3.0, 10.0, 30.0)),
     "dsrl": ("noise_scale", (1.0, 1.5, 2.5)),
     "fbrac": ("alpha", (3.0, 10.0, 30.0)),
     "bam": ("inv_temp", (3.0, 10.0, 30.0)),
 }
-NAMES = {"qam_offline": "QAM", "fql": "FQL", "dsrl": "DSRL", "fbrac": "FBRAC", "bam": "BAM"}
+NAMES = {"qam_offline": "QAM", "qam_diffusion_variant": "QAM, diffusion", "fql": "FQL", "dsrl": "DSRL"}
+NAMES |= {"fbrac": "FBRAC", "bam": "BAM"}
 
 
 def value(actions):
@@ -74,15 +80,22 @@ def load(name: str):
 
 def make_args(script, flow_steps: int, **changes):
     args = script.Args(env_id="pointmaze-medium-navigate", hidden_dims=(128, 128, 128), num_critics=1, horizon=1)
-    return script.resolve_args(
-        dataclasses.replace(args, flow_steps=flow_steps, learning_rate=1e-3, rho=0.0, tau=0.01, **changes)
-    )[0]
+    changes |= {"flow_steps" if hasattr(args, "flow_steps") else "diffusion_steps": flow_steps}
+    return script.resolve_args(dataclasses.replace(args, learning_rate=1e-3, rho=0.0, tau=0.01, **changes))[0]
 
 
-def train(name: str, values, flow_steps: int, num_steps: int, seed: int):
+def sample_base_chain(script, networks, params: dict, noise):
+    """The chain that adjoint matching starts from: x_0 .. by slow with the rollout's noise (T, n, 2) -> (n, 2)."""
+    base = partial(networks.slow.apply, {"params": params["slow"]}, jnp.zeros((noise.shape[1], 1)))
+    chain = script.sample_memoryless_sde if hasattr(script, "sample_memoryless_sde") else script.sample_ancestral
+    return chain(base, base, noise[0], noise[1:])[-1]
+
+
+def train(name: str, values, flow_steps: int, num_steps: int, seed: int, chain: int = 0):
     """Train `name`'s policy_loss on the bandit, once a value of its coefficient, side by side.
 
-    Returns samples (len(values), 3000, 2) and the norm of the gradient before clipping (len(values), num_steps).
+    Returns samples (len(values), 3000, 2) and the norm of the gradient before clipping (len(values), num_steps); with
+    `chain` also that many samples of the base chain (len(values), chain, 2).
     """
     script, coefficient = load(name), GRIDS[name][0]
     args = make_args(script, flow_steps)
@@ -109,11 +122,22 @@ def train(name: str, values, flow_steps: int, num_steps: int, seed: int):
             return script.TrainState(params, targets, opt_state, state.step + 1), optax.tree.norm(grads)
 
         state, norms = jax.lax.scan(one_update, state, jnp.arange(num_steps))
-        noise = jax.random.normal(jax.random.key(seed + 1), (3000, 2))
+        steps = (flow_steps,) if hasattr(args, "diffusion_steps") else ()  # a diffusion acts with noise in each step
+        noise = jax.random.normal(jax.random.key(seed + 1), (*steps, 3000, 2))
         params = state.params | {"target": state.target_params}
-        return script.policy(own, networks, params, jnp.zeros((3000, 1)), noise), norms
+        found = script.policy(own, networks, params, jnp.zeros((3000, 1)), noise), norms
+        noise = jax.random.normal(jax.random.key(seed + 2), (flow_steps, chain, 2))
+        return (*found, sample_base_chain(script, networks, state.target_params, noise)) if chain else found
 
     return jax.device_get(jax.jit(jax.vmap(one_run))(jnp.asarray(values)))
+
+
+def chain_distances(rng, sample, chain, data, target) -> tuple[float, float, float, float]:
+    """MMD: policy to target, policy to the chain's target, chain to data, the chain's target to the target."""
+    weights = np.exp(value(chain.astype(float)))
+    own = chain[rng.choice(len(chain), len(target), p=weights / weights.sum())]
+    pairs = (sample, target), (sample, own), (chain[: len(data)], data), (own, target)
+    return tuple(mmd(a, b) for a, b in pairs)
 
 
 def gradient_norm(script, args, networks, params, target_params, dataset, q, target_q, key):
@@ -175,18 +199,42 @@ def main() -> None:
     again = draw(rng, TARGET_MEANS, PRECISION**-0.5, TARGET_LOG_WEIGHTS, 3000)
     behaviour = draw(rng, MEANS, 0.15, np.zeros(4), 3000)
     rows = [("behaviour", "", "", mmd(behaviour, target)), ("target, drawn again", "", "", mmd(again, target))]
-    panels, best_of = [("behaviour", behaviour, rows[0][3]), ("target", target, rows[1][3])], {}
+    panels, best_of, chains = [("behaviour", behaviour, rows[0][3]), ("target", target, rows[1][3])], {}, []
     for name, (coefficient, values) in GRIDS.items():
         started = time.time()
-        samples, _ = train(name, values, options.flow_steps, options.steps, options.seed)
+        matching = name.startswith("qam")
+        samples, _, *chain = train(
+            name, values, options.flow_steps, options.steps, options.seed, 30_000 if matching else 0
+        )
         distances = [mmd(sample, target) if np.isfinite(sample).all() else float("inf") for sample in samples]
         rows += [(NAMES[name], coefficient, v, d) for v, d in zip(values, distances, strict=True)]
         best = int(np.argmin(distances))
         best_of[name] = values[best]
         panels.append((f"{NAMES[name]}, {coefficient} {values[best]:g}", samples[best], distances[best]))
         print(f"{panels[-1][0]:24} MMD {distances[best]:.4f}  ({time.time() - started:.0f} s)", flush=True)
+        if matching:
+            at = {options.flow_steps: (samples[0], chain[0][0])}
+            longer, _, chain = train(name, values, 30, options.steps, options.seed, 30_000)
+            chains += [
+                (NAMES[name], steps, *chain_distances(rng, *both, behaviour, target))
+                for steps, both in (at | {30: (longer[0], chain[0])}).items()
+            ]
+            for row in chains[-2:]:
+                print(
+                    "{:16} {:2} steps: {:.4f} to target, {:.4f} to the chain's, {:.4f} chain to data".format(*row[:5])
+                )
     with open(options.output_dir / "bandit.csv", "w", newline="") as file:
         csv.writer(file).writerows([("method", "coefficient", "value", "mmd"), *rows])
+    with open(options.output_dir / "chains.csv", "w", newline="") as file:
+        header = (
+            "method",
+            "steps",
+            "policy_to_target",
+            "policy_to_chain_target",
+            "chain_to_data",
+            "chain_target_to_target",
+        )
+        csv.writer(file).writerows([header, *chains])
     figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 2.7), sharex=True, sharey=True)
     for axis, (title, sample, distance) in zip(axes, panels, strict=True):
         axis.scatter(*sample.T, s=1, alpha=0.4, linewidths=0)
