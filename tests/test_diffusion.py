@@ -244,10 +244,11 @@ def test_a_network_predicts_noise_for_any_k_at_once(case):
         np.testing.assert_allclose(alone[rows], together[rows], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(epsilon(batch.actions, jnp.array([float(i)])), alone, rtol=1e-5, atol=1e-6)
         assert np.abs(alone - epsilon(batch.actions, jnp.full((64, 1), 1.0 + i % 4))).max() > 1e-3
-    nothing = jax.tree.map(jnp.zeros_like, params["slow"])  # then v = sqrt(abar) e - sqrt(1 - abar) a is 0
-    spread = np.sqrt(1 - np.array(tables(4)[0]))[k.astype(int)]
-    ours = networks.slow.apply({"params": nothing}, batch.observations, batch.actions, k)
-    np.testing.assert_allclose(ours, spread * batch.actions, rtol=1e-5)
+    constant = jax.tree.map(jnp.zeros_like, params["slow"])
+    constant["Dense_2"]["bias"] += 1.0  # v is 1, so epsilon is sqrt(1 - abar) x + sqrt(abar)
+    abar = np.array(tables(4)[0])[k.astype(int)]
+    ours = networks.slow.apply({"params": constant}, batch.observations, batch.actions, k)
+    np.testing.assert_allclose(ours, np.sqrt(1 - abar) * batch.actions + np.sqrt(abar), rtol=1e-5, atol=1e-6)
 
 
 def test_policy_loss_is_made_of_its_equations(case, monkeypatch):

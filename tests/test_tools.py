@@ -48,6 +48,15 @@ def test_every_method_trains_on_the_bandit(name):
     assert norms.shape == (1, 30) and np.isfinite(norms).all() and (norms > 0).all()
 
 
+def test_widened_schedule_changes_the_variance_alone():
+    script = closed_form.load("qam_diffusion_variant")
+    k = np.arange(1.0, 11, dtype=np.float32)
+    before, after = (np.asarray(f(k, 10)) for f in (script.schedule, closed_form.widened(script.schedule)))
+    np.testing.assert_array_equal(before[:4], after[:4])
+    np.testing.assert_array_equal(after[4], [0, *before[3, 1:]])
+    assert (after[4, 1:] > before[4, 1:]).all()
+
+
 def test_distances_of_a_chain_that_samples_the_data():
     """Then its own target is the target: the policy that samples the target is at the floor from both."""
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ its best coefficient. Distance: squared MMD (V-statistic), RBF kernels of width 
 Exact is "what the base chain samples, times exp(Q)": with few steps that chain is not the data. So for the two methods
 that match adjoints, at 10 and 30 steps, also: the distance of the base chain (slow, with the noise of the rollout) from
 the data, and that of the trained policy from the base chain's own target, its samples drawn again with weights exp(Q).
+The diffusion once more with 1 - alpha_k in place of sigma_k^2, the other end of the variances that a step may have.
 
 Then the health of the gradient: the norm of the policy loss's gradient, before clipping, for T = 5, 10, 20, 40 steps of
 the flow, for the method that regresses onto the adjoint (QAM) and the two that backpropagate through the steps (FBRAC,
@@ -140,6 +141,22 @@ def chain_distances(rng, sample, chain, data, target) -> tuple[float, float, flo
     return tuple(mmd(a, b) for a, b in pairs)
 
 
+def widened(schedule):
+    """A diffusion's schedule with variance 1 - alpha_k instead of sigma_k^2 in all steps that have noise."""
+
+    def with_1_minus_alpha(k, num_steps):
+        signal, spread, keep, add, sigma = schedule(k, num_steps)
+        return jnp.stack([signal, spread, keep, add, jnp.where(k > 1, add, sigma)])
+
+    return with_1_minus_alpha
+
+
+def run_chain(rng, label: str, name: str, steps: int, options, pair) -> tuple:
+    """A row of chains.csv: `name` trained at inv_temp 1 with that many steps."""
+    samples, _, chain = train(name, (1.0,), steps, options.steps, options.seed, 30_000)
+    return label, steps, *chain_distances(rng, samples[0], chain[0], *pair)
+
+
 def gradient_norm(script, args, networks, params, target_params, dataset, q, target_q, key):
     """Norm of the gradient of the policy loss on a batch of the dataset."""
     key_indices, key_loss = jax.random.split(key)
@@ -200,12 +217,12 @@ def main() -> None:
     behaviour = draw(rng, MEANS, 0.15, np.zeros(4), 3000)
     rows = [("behaviour", "", "", mmd(behaviour, target)), ("target, drawn again", "", "", mmd(again, target))]
     panels, best_of, chains = [("behaviour", behaviour, rows[0][3]), ("target", target, rows[1][3])], {}, []
+    pair, told = (behaviour, target), 0
     for name, (coefficient, values) in GRIDS.items():
         started = time.time()
         matching = name.startswith("qam")
-        samples, _, *chain = train(
-            name, values, options.flow_steps, options.steps, options.seed, 30_000 if matching else 0
-        )
+        size = 30_000 if matching else 0
+        samples, _, *chain = train(name, values, options.flow_steps, options.steps, options.seed, size)
         distances = [mmd(sample, target) if np.isfinite(sample).all() else float("inf") for sample in samples]
         rows += [(NAMES[name], coefficient, v, d) for v, d in zip(values, distances, strict=True)]
         best = int(np.argmin(distances))
@@ -213,27 +230,20 @@ def main() -> None:
         panels.append((f"{NAMES[name]}, {coefficient} {values[best]:g}", samples[best], distances[best]))
         print(f"{panels[-1][0]:24} MMD {distances[best]:.4f}  ({time.time() - started:.0f} s)", flush=True)
         if matching:
-            at = {options.flow_steps: (samples[0], chain[0][0])}
-            longer, _, chain = train(name, values, 30, options.steps, options.seed, 30_000)
-            chains += [
-                (NAMES[name], steps, *chain_distances(rng, *both, behaviour, target))
-                for steps, both in (at | {30: (longer[0], chain[0])}).items()
-            ]
-            for row in chains[-2:]:
-                print(
-                    "{:16} {:2} steps: {:.4f} to target, {:.4f} to the chain's, {:.4f} chain to data".format(*row[:5])
-                )
+            chains.append((NAMES[name], options.flow_steps, *chain_distances(rng, samples[0], chain[0][0], *pair)))
+            chains.append(run_chain(rng, NAMES[name], name, 30, options, pair))
+        if name == "qam_diffusion_variant":
+            script, label = load(name), f"{NAMES[name]}, 1 - alpha"
+            with_sigma, script.schedule = script.schedule, widened(script.schedule)
+            chains += [run_chain(rng, label, name, steps, options, pair) for steps in (options.flow_steps, 30)]
+            script.schedule = with_sigma
+        for row in chains[told:]:
+            told += 1
+            print("{:25} {:2} steps: {:.4f} to target, {:.4f} to the chain's, {:.4f} chain to data".format(*row[:5]))
     with open(options.output_dir / "bandit.csv", "w", newline="") as file:
         csv.writer(file).writerows([("method", "coefficient", "value", "mmd"), *rows])
     with open(options.output_dir / "chains.csv", "w", newline="") as file:
-        header = (
-            "method",
-            "steps",
-            "policy_to_target",
-            "policy_to_chain_target",
-            "chain_to_data",
-            "chain_target_to_target",
-        )
+        header = "method steps policy_to_target policy_to_chain_target chain_to_data chain_target_to_target".split()
         csv.writer(file).writerows([header, *chains])
     figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 2.7), sharex=True, sharey=True)
     for axis, (title, sample, distance) in zip(axes, panels, strict=True):
