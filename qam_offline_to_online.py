@@ -67,7 +67,7 @@ PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other dom
     "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
     "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
 }
-COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
+COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9), "utd_ratio": (0, 1, 100)}  # its own: value elsewhere (Choice), least, most
 COEFFICIENTS |= {"offline_steps": (0, 0, 10**9), "start_training": (0, 0, 10**9), "online_steps": (0, 1, 10**7)}
 MAY_CHANGE = set("online_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
 MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
@@ -81,9 +81,9 @@ class Args:
     seed: int = 1  # seed of the first (or only) run, 0 or more
     num_seeds: int = 1  # 1: each seed needs its own environment and buffer, and so its own run
     offline_steps: int = 1_000_000  # gradient steps before the first environment step, 0 or more
-    online_steps: int = 500_000  # environment steps, at least 1
+    online_steps: int = 500_000  # environment steps, at least 1; no update if not above --start-training
     start_training: int = 5_000  # environment steps before the first online update, 0 or more
-    utd_ratio: int = 1  # updates an environment step from there on, at least 1
+    utd_ratio: int = 1  # updates an environment step from there on, 1 to 100
     balanced_sampling: bool = False  # half of each batch from online steps; act at random until start_training
     offline_checkpoint: str | None = None  # finished run folder of qam_offline.py to start from; sets --offline-steps
     batch_size: int = 256  # action chunks a gradient step, at least 1
@@ -128,11 +128,11 @@ def read_offline_run(args: Args) -> tuple[Args, dict]:
         names = (source.keys() & vars(args).keys()) - MAY_CHANGE - {"seed", "num_seeds", "offline_steps"}
         other = sorted(name for name in names if source[name] != json.loads(json.dumps(vars(args)[name])))
         other += [] if args.seed in range(source["seed"], source["seed"] + source["num_seeds"]) else ["seed"]
-        args = dataclasses.replace(args, offline_steps=int(source["offline_steps"]))
+        kept = {"offline_steps": int(source["offline_steps"]), "dataset_dir": args.dataset_dir or source["dataset_dir"]}
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError):
         fail(f"--offline-checkpoint {args.offline_checkpoint} is no run of qam_offline.py: see its args.json")
-    other and fail("give the settings of --offline-checkpoint: " + " ".join(f"--{k} {source[k]}" for k in other))
-    return args, source
+    other = " ".join(f"--{k} {source[k]}" for k in other).translate(dict.fromkeys(map(ord, "[],")))
+    return (dataclasses.replace(args, **kept), source) if not other else fail(f"--offline-checkpoint needs {other}")
 
 
 def split_env_id(env_id: str) -> tuple[str, str, str]:
@@ -222,7 +222,6 @@ def make_buffer(parts: list[Dataset], online: dict, capacity: int) -> tuple[Data
 
 def add_transitions(buffer: Dataset, rows: Dataset, count, num_data, written, continues) -> Dataset:
     """Write the first `count` of `rows` (H, ..) after the `written` before them: a ring behind `num_data` rows of data.
-
     The last row ends its episode, so that no chunk runs over the write position, until the next rows go on with that
     episode (`continues`). Its mask stays: an episode that is only cut keeps its bootstrap."""
     size, steps = len(buffer.rewards), jnp.arange(len(rows.rewards))  # (H,)
@@ -479,9 +478,8 @@ def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key:
 
 def sample_indices(args: Args, key: jax.Array, num_data, num_online) -> jax.Array:
     """First rows (B,) of chunks in the buffer, uniform; with --balanced-sampling half are data, half online rows."""
-    balanced = args.balanced_sampling & (num_online > 0)
-    online = balanced & (jnp.arange(args.batch_size) < args.batch_size // 2)  # (B,)
-    first, last = jnp.where(online, num_data, 0), num_data + jnp.where(balanced & ~online, 0, num_online)
+    online = args.balanced_sampling & (num_online > 0) & (jnp.arange(args.batch_size) < args.batch_size // 2)  # (B,)
+    first, last = jnp.where(online, num_data, 0), num_data + jnp.where(args.balanced_sampling & ~online, 0, num_online)
     return jax.random.randint(key, (args.batch_size,), first, jnp.maximum(first, last - args.horizon) + 1)
 
 
@@ -492,7 +490,7 @@ def train_steps(args, networks: Networks, state: TrainState, dataset: Dataset, n
     def one_update(_, carry):
         state, before = carry
         key_indices, key_update = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), state.step))
-        indices = sample_indices(args, key_indices, num_data, num_online)
+        indices = sample_indices(args, key_indices, num_data, jnp.minimum(num_online, len(dataset.rewards) - num_data))
         batch = gather_chunks(dataset, indices, args.horizon, args.discount)
         state, metrics = update(args, networks, state, batch, key_update)
         metrics |= {"step": state.step}
@@ -550,7 +548,6 @@ def play(args: Args, env: ChunkedEpisode, observation: np.ndarray, actions: np.n
 def evaluate(args: Args, act, states: TrainState, envs, run_dir: Path, signals: list, step: int | None = None):
     """Score act(params, observations (E, O), key, numbers (E,)) -> (E, H*A) by seed: rows of eval.csv, [] on stop."""
     rows, step, num_envs = [], int(states.step[0]) if step is None else step, envs.num_envs
-    phase = "online" if step > args.offline_steps else "offline"
     for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
         params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
         videos = {e: f"{run_dir}/videos/step_{step}_seed_{seed}_{e}.mp4" for e in range(args.capture_video)}
@@ -571,7 +568,7 @@ def evaluate(args: Args, act, states: TrainState, envs, run_dir: Path, signals: 
             restart = ended & playing
         scores = dict(zip(("success_rate", "return", "length"), np.mean(results, axis=0).tolist(), strict=True))
         scores |= {"episodes": len(results), "wall_seconds": round(time.time() - started, 1)}
-        rows.append({"step": step, "seed": seed, "phase": phase} | scores)
+        rows.append({"step": step, "seed": seed, "phase": ("offline", "online")[step > args.offline_steps]} | scores)
         tqdm.write("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     return rows
 
@@ -633,6 +630,7 @@ def main(args: Args) -> list[dict] | None:
         log |= {k: [r for r in rows if r["seed"] == args.seed] for k, rows in json.loads(checkpoint["log"]).items()}
     states, updates, written = jax.device_put(states), int(states.step[0]), len(online.get("rewards", ()))
     step, total = min(updates, args.offline_steps) + written, args.offline_steps + args.online_steps
+    source and updates != args.offline_steps and fail(f"--offline-checkpoint: finish that run, now at update {updates}")
     owed = lambda: args.offline_steps + args.utd_ratio * max(0, written - args.start_training) - updates
     if not args.eval_only:
         paths = find_dataset(args)
@@ -667,8 +665,8 @@ def main(args: Args) -> list[dict] | None:
 
         def add_rows(file, rows):
             log[file] += rows
-            lines = [",".join(map(str, row)) for row in [rows[0], *(row.values() for row in log[file])]]
-            write_whole(run_dir / file, "\n".join([*lines, ""]).encode())
+            cells = [log[file][-1], *([row.get(name, "") for name in log[file][-1]] for row in log[file])]
+            write_whole(run_dir / file, "".join(",".join(map(str, row)) + "\n" for row in cells).encode())
             for row in rows if args.track else []:
                 wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
 
@@ -678,14 +676,15 @@ def main(args: Args) -> list[dict] | None:
         loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, updates, 0.0, None
         observation, actions, metrics = None, np.zeros((0, env.dims[1])), {}
         upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
+        for file, rows in log.items():  # what a killed run wrote after its checkpoint goes
+            add_rows(file, []) if rows else (run_dir / file).unlink(missing_ok=True)
         bar = tqdm(total=total, initial=step, unit=" steps", dynamic_ncols=True)
         while True:
-            done, scored = step >= total and owed() <= 0, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
-            mark = step < total and 0 in (step % args.eval_every, step - args.offline_steps)
-            due = step > scored and (done or mark)
+            done, last = step >= total and owed() <= 0, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
+            due = step > last and (done or (step < total and 0 in (step % args.eval_every, step - args.offline_steps)))
             if signals or done or due or (step > 0 and step % args.checkpoint_every == 0):
                 if written and not upcoming:
-                    online = {k: x[num_data : num_data + written] for k, x in dataset._asdict().items()}
+                    online = jax.device_get({k: x[num_data : num_data + written] for k, x in dataset._asdict().items()})
                 save_checkpoint(run_dir, states._asdict() | {"online": online}, log)
             if due and (rows := evaluate(args, act, states, envs, run_dir, signals, step)):
                 add_rows("eval.csv", rows)
@@ -693,9 +692,9 @@ def main(args: Args) -> list[dict] | None:
                 bar.set_description(f"success {np.mean(rates):.2f} ± {np.std(rates):.2f}")
             if signals or done:
                 break
-            started, num_steps, num_updates = time.time(), 0, 0
+            started, num_updates, limit = time.time(), 0, min(n - step % n for n in intervals)
             if step < args.offline_steps:
-                num_steps = num_updates = min(dispatch, args.offline_steps - step, *(n - step % n for n in intervals))
+                num_steps = num_updates = min(dispatch, args.offline_steps - step, limit)
                 states, metrics = train(states, dataset, num_updates, num_data, 0)
             else:
                 if upcoming:  # the online phase begins: all shards at once from here on
@@ -707,19 +706,20 @@ def main(args: Args) -> list[dict] | None:
                 if not len(actions) or step >= total:  # Choice: act before the updates that the last chunk calls for
                     chosen = choose(states.params | {"target": states.target_params}, observation, written)
                     if num_updates := owed():
-                        states, metrics = train(states, dataset, num_updates, num_data, written)  # doesn't wait
+                        learning = loader.submit(train, states, dataset, num_updates, num_data, written)
                     if args.balanced_sampling and written < args.start_training:
                         chosen = np.random.default_rng((args.seed, written)).uniform(-1, 1, chosen.shape)
                     actions = np.asarray(chosen).reshape(-1, env.dims[1])
-                if step < total:  # while the device works
-                    limit = min(total - step, *(n - step % n for n in intervals))
-                    rows, num_steps, ended = play(args, env, observation, actions[:limit])
+                actions, rest = np.split(actions, [min(total - step, limit)])  # played while the device works
+                rows, num_steps, ended = play(args, env, observation, actions) if len(actions) else (None, 0, False)
+                states, metrics = learning.result() if num_updates else (states, metrics)
+                if num_steps:
                     dataset = add(dataset, rows, num_steps, num_data, written, env.scores["length"] > num_steps)
-                    actions, observation = actions[num_steps:], None if ended else rows.next_observations[num_steps - 1]
+                    actions, observation = rest, None if ended else rows.next_observations[num_steps - 1]
                     written += num_steps
-                    if ended:
-                        row = {"step": step + num_steps, "seed": args.seed} | env.scores
-                        add_rows("episodes.csv", [row | {"wall_seconds": round(time.time() - began, 2)}])
+                if ended:
+                    row = {"step": step + num_steps, "seed": args.seed} | env.scores
+                    add_rows("episodes.csv", [row | {"wall_seconds": round(time.time() - began, 2)}])
             metrics = jax.device_get(metrics)  # waits for the device
             step, updates, seconds = step + num_steps, updates + num_updates, time.time() - started
             if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
@@ -730,7 +730,7 @@ def main(args: Args) -> list[dict] | None:
                 tqdm.write(f"about {left / 3600:.2g} hours on this {record['device']}; see README for sizes that fit")
             bar.set_postfix({n: f"{m.mean():.3g}" for n, m in metrics.items() if "loss" in n}, refresh=False)
             bar.update(num_steps)
-            if step % args.log_every == 0 and metrics and num_steps:
+            if step % args.log_every == 0 and updates > logged and num_steps:
                 values = {"step": step, "seed": args.seed} | {n: float(m[0]) for n, m in metrics.items() if n != "step"}
                 add_rows("metrics.csv", [values | {"updates_per_second": round((updates - logged) / busy, 2)}])
                 logged, busy = updates, 0.0

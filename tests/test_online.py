@@ -1,5 +1,6 @@
 """qam_offline_to_online.py: its replay buffer, its transitions, and real runs through both phases."""
 
+import json
 import os
 import shutil
 import signal
@@ -216,6 +217,11 @@ def test_offline_phase_is_qam_offline(both_phases, dataset_dir, tmp_path):
     line = command(SCRIPT, dataset_dir, tmp_path, "--offline-checkpoint", str(source), "--tau", "0.1", "--seed", "5")
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and "--seed 1" in done.stderr and "--tau 0.005" in done.stderr
+    unfinished = json.loads((source / "args.json").read_text()) | {"offline_steps": 90}
+    (source / "args.json").write_text(json.dumps(unfinished))
+    line = command(SCRIPT, dataset_dir, tmp_path, "--offline-checkpoint", str(source))
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and "finish that run, now at update 60" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -233,6 +239,7 @@ def test_killed_online_it_loses_no_step_that_was_saved(dataset_dir, tmp_path):
     saved = states_of(cut)["online"]
     count = len(saved["rewards"])
     assert count % 100 == 0 and 0 < count < 1000
+    (cut / "episodes.csv").write_text("step,seed\n77,1\n")  # an episode that ended after the checkpoint
     twin = shutil.copytree(cut, tmp_path / "twin")
     for folder in (cut, twin):
         line = [sys.executable, ROOT / SCRIPT, "--resume", folder, "--dataset-dir", dataset_dir]
@@ -245,6 +252,7 @@ def test_killed_online_it_loses_no_step_that_was_saved(dataset_dir, tmp_path):
         np.testing.assert_array_equal(states["online"][name][:count], array)
     ends = np.flatnonzero(states["online"]["terminals"])
     assert ends.tolist() == [count - 1, count + 999, 1499][: 3 if count < 500 else 2]
+    assert [int(row["step"]) for row in rows(cut / "episodes.csv")] == [end + 1 for end in ends if end - count == 999]
     start = states["online"]["observations"][[0, count]]
     assert np.abs(start[0] - start[1]).max() < 2 and saved["terminals"][-1] == 1  # near the maze's start again
     assert [row["step"] for row in rows(cut / "eval.csv")] == ["500", "1000", "1500"]

@@ -93,6 +93,10 @@ def differences(module, whole, cut, kept):
     until = min([step for step, _ in kept], default=float("inf"))
     if other:
         found.append(f"states: {len(other)} of {len(first)} arrays differ, such as {min(other)}")
+    for folder, checkpoint in zip((whole, cut), checkpoints, strict=True):  # what was undone must not stay in a file
+        logged = [row["step"] for row in json.loads(checkpoint["log"]).get("episodes.csv", [])]
+        if logged != [int(row["step"]) for row in read_rows(folder / "episodes.csv")]:
+            found.append(f"{folder / 'episodes.csv'} is not the checkpoint's {len(logged)} rows")
     for name in ("metrics.csv", "eval.csv"):
         rows = [read_rows(folder / name) for folder in (whole, cut)]
         marks = [[(row["step"], row["seed"], row.get("phase")) for row in part] for part in rows]
