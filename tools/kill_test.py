@@ -229,7 +229,8 @@ def main():
         tool = [sys.executable, ROOT / "tools/collect_dataset.py", DOMAIN, "--episodes", "3"]
         subprocess.run([*tool, "--out-dir", folder / "data"], check=True, stdout=subprocess.DEVNULL)
         flags = ["--dataset-dir", folder / "data", *flags]
-    module, line = load_script(script), [sys.executable, script, *TINY, *flags]
+    tiny = [word.replace("flow", "diffusion") for word in TINY] if "diffusion" in script.stem else TINY
+    module, line = load_script(script), [sys.executable, script, *tiny, *flags]
     for name in ("whole", "cut"):
         (folder / name).mkdir()
     started = time.time()
