@@ -11,12 +11,12 @@ high Q. Both turn noise x_0 into a chunk of H actions a = x_1 along a velocity v
 (2) behaviour   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_slow(s, x_t, t) - (a - x_0))^2
 (3) sampling    x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h
 (4) rollout     x_{i+1} = x_i + h (2 v_fast(s, x_i, t_i) - x_i / (t_i + h)) + sqrt(h) sigma_i noise_i
-                sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h)), the noise under which x_T does not remember x_0
+                sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h)); x_T by (3) with v_slow'. Then x_T does not remember x_0
 (5) adjoint     g = -inv_temp grad_a mean_K Q'(s, a) at a = x_T, then backwards through the behaviour flow
                 g <- g + h J^T g,   J = d/dx [2 v_slow'(s, x, t_i + h) - x / (t_i + h)] at x_i
 (6) matching    L_AM = mean_B sum_i || (2 / sigma_i) (v_fast - v_slow')(s, x_i, t_i) + sigma_i g_i ||^2
 Q', v_slow': target copies. (6) is regression: no gradient through the rollout. Its optimum, as h -> 0, samples from
-pi_slow(a|s) exp(inv_temp Q(s, a)) / Z; at T = 10 pi_slow is what (4) makes, 1.2 to 1.5 times a Gaussian's variance.
+pi_slow(a|s) exp(inv_temp Q) / Z; at T = 10 roughly: of a Gaussian's variance (4) makes 1.2 to 1.5, (3) 0.6 to 0.8.
 "Choice:" marks what the paper leaves open. Shapes: B batch, O observation, A action, D = H A, K critics, N transitions.
 """
 

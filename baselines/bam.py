@@ -12,7 +12,7 @@ velocity v(s, x, t), T steps of h = 1/T:
 (2) behaviour   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_slow(s, x_t, t) - (a - x_0))^2
 (3) sampling    x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h
 (4) rollout     x_{i+1} = x_i + h (2 v_fast(s, x_i, t_i) - x_i / (t_i + h)) + sqrt(h) sigma_i noise_i
-                sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h)), the noise under which x_T does not remember x_0
+                sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h)); x_T by (3) with v_slow'. Then x_T does not remember x_0
 (5) path        L_P = mean_B sum_{i < T-1} (2 / sigma_i^2) || (v_fast - v_slow')(s, x_i, t_i) ||^2
 (6) policy      L = L_BC - inv_temp mean_B (mean_K Q(s, x_T) - rho std_K Q(s, x_T)) + L_P, with the gradient through (4)
 Q' and v_slow' are target copies; fast acts and makes a'. "Choice:" marks what the paper leaves open.
