@@ -724,7 +724,7 @@ def main(args: Args) -> list[dict] | None:
             step, updates, seconds = step + num_steps, updates + num_updates, time.time() - started
             if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
                 fail(f"{bad[0]} is not finite at step {metrics['step'].min()}; {run_dir} keeps the last checkpoint", 1)
-            busy, dispatch = busy + seconds, max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, a prompt Ctrl-C
+            busy, dispatch = busy + seconds * (num_updates > 0), max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s
             if left is None and busy > 1 and num_updates:
                 left = (args.offline_steps + args.utd_ratio * args.online_steps - updates) / num_updates * seconds
                 tqdm.write(f"about {left / 3600:.2g} hours on this {record['device']}; see README for sizes that fit")
