@@ -186,7 +186,7 @@ def policy_update(script, args, networks, state, key):
         opt_state=opt_state,
         step=state.step + 1,
     )
-    return state, optax.global_norm(grads)
+    return state, optax.tree.norm(grads)
 
 
 def sample_base_chain(script, networks, params: dict, noise):
@@ -380,7 +380,7 @@ def gradient_norm(script, args, networks, params, target_params, dataset, q, tar
         return script.policy_loss(*arguments)
 
     grads, _ = jax.grad(loss, has_aux=True)(params)
-    return optax.global_norm(grads)
+    return optax.tree.norm(grads)
 
 
 def same_setting(script, args, flow_steps: int):
