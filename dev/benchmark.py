@@ -46,6 +46,11 @@ NOMINAL = {
 NEVER = 10**9  # steps
 
 
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def seconds_of(call) -> float:
     started = time.perf_counter()
     jax.block_until_ready(call())
@@ -380,9 +385,11 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     flag("--online-seconds", type=float, default=30, help="of the online phase, where there is one")
     options, flags = parser.parse_known_args()
     if not options.script.is_file():
-        parser.error(f"{options.script} is no script")
-    if options.repeats < 1 or options.transitions < 10_000 or options.seconds <= 0:
-        parser.error("--repeats from 1, --transitions from 10000, --seconds above 0")
+        fail(f"there is no script {options.script}")
+    if options.repeats < 1 or options.transitions < 10_000:
+        fail("--repeats must be at least 1, --transitions at least 10000")
+    if options.seconds <= 0 or options.online_seconds <= 0:
+        fail("--seconds and --online-seconds must be above 0")
     return options, flags
 
 

@@ -74,6 +74,11 @@ GRADIENT_METHODS = ("qam_offline", "fbrac", "bam")
 GRADIENT_STEPS = (5, 10, 20, 40)
 
 
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 # --------------------------------------------------------------------------------------- the bandit
 
 
@@ -486,6 +491,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="folder of a finished run of qam_offline.py")
     parser.add_argument("--output-dir", type=Path, default=Path("results/closed-form"))
     options = parser.parse_args()
+    if options.checkpoint is not None and not Path(options.checkpoint, "args.json").exists():
+        fail(f"--checkpoint {options.checkpoint} is no run's folder")
+    if min(options.steps, options.gradient_steps) < 1 or options.flow_steps < 2:
+        fail("--steps and --gradient-steps must be at least 1, --flow-steps at least 2")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(options.seed)
     best_values = run_bandit(options, rng)

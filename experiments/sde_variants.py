@@ -198,7 +198,7 @@ def main() -> None:
     if options.command == "run":
         train(options.sde, flags)
     elif flags:
-        parser.error(f"there is no {' '.join(flags)}")
+        closed_form.fail(f"there is no {' '.join(flags)}")
     else:
         bandit(options)
 
