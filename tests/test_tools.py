@@ -1,4 +1,4 @@
-"""dev/benchmark.py and experiments/closed_form.py, run for real at their smallest."""
+"""Tools and experiments, run for real at their smallest."""
 
 import json
 import subprocess
@@ -125,3 +125,42 @@ def test_the_target_is_behavior_times_exp_q():
     np.testing.assert_allclose(target.mean(0), mean, atol=0.01)
     variance = weights @ (behavior - mean) ** 2
     np.testing.assert_allclose(target.var(0), variance, atol=0.01)
+
+
+# ---------------------------------------------------------------------- tools/collect_dataset.py
+
+
+def collect(folder, episodes):
+    """A process that collects."""
+    tool = [sys.executable, ROOT / "tools/collect_dataset.py", DOMAIN]
+    line = [*tool, "--episodes", episodes, "--workers", 1, "--out-dir", folder]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(word) for word in line], text=True, **pipes)
+
+
+def test_of_two_collectors_one_waits(tmp_path):
+    """Both end well, the work is done once, and what is there is whole."""
+    processes = [collect(tmp_path, 3), collect(tmp_path, 3)]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    printed = sorted((out for out, _ in outputs), key=lambda out: "is already there" in out)
+    assert "3 episodes, 3003 steps" in printed[0]
+    assert "is already there, with 3 episodes" in printed[1]
+    assert "3003 steps" not in printed[1]
+    with np.load(tmp_path / f"{DOMAIN}-v0.npz") as data:
+        assert data["terminals"].sum() == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".{DOMAIN}-v0.lock",
+        f"{DOMAIN}-v0-val.npz",
+        f"{DOMAIN}-v0.json",
+        f"{DOMAIN}-v0.npz",
+    ]
+
+
+def test_a_small_set_gives_way_to_a_larger_one(tmp_path):
+    for episodes, there in ((1, 1), (2, 2), (1, 2)):
+        process = collect(tmp_path, episodes)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        with np.load(tmp_path / f"{DOMAIN}-v0.npz") as data:
+            assert data["terminals"].sum() == there
