@@ -6,11 +6,13 @@
 # [tool.uv]
 # override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
-"""Q-learning with Adjoint Matching (QAM), offline: python qam_offline.py --env-id cube-double-play
+"""Q-learning with Adjoint Matching (QAM).
 
-QAM (arXiv 2601.14234) learns from a fixed dataset. A critic Q is learned by temporal differences.
-Two flows turn noise x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps
-of h = 1 / T: "behavior" imitates the data, "policy" is behavior moved to where Q is high.
+Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
+
+QAM (arXiv 2601.14234) learns a critic Q by temporal differences, and two flows that turn noise x_0
+into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps of h = 1 / T: "behavior"
+imitates the data, "policy" is behavior moved to where Q is high.
 
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
@@ -24,11 +26,13 @@ of h = 1 / T: "behavior" imitates the data, "policy" is behavior moved to where 
 (6) matching   L_AM = mean_B sum_i || (drift_policy - drift_behavior')(x_i, t_i, t_i + h) / sigma_i
                                       + sigma_i g_i ||^2
 
-A prime marks a target copy. (6) is regression: no gradient goes through the rollout. As h -> 0 its
-optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z; docs/derivation.md says how near
-T = 10 comes. "Choice:" marks what the paper leaves open.
+Q', behavior': target copies. s', a', m: observation and action after the chunk, and 0 if the task
+is solved in it. R: its discounted reward. (1) and (2) leave out chunks that run over the end of an
+episode. (6) is regression: no gradient goes through the rollout. As h -> 0 its optimum samples from
+behavior(a|s) exp(inv_temp Q(s, a)) / Z; docs/derivation.md says how near T = 10 comes.
+"Choice:" marks what the paper leaves open.
 
-Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, N transitions.
+Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 """
 
 import csv
@@ -70,8 +74,9 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
+# The settings of all methods (a test keeps them the same), and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
-DOMAINS = {  # the paper's values of SHARED; "another" is Choice, for the paper names no others
+DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
     "cube-triple-play": (5, 0.99, 0.5, False),
     "cube-quadruple-play": (5, 0.99, 0.5, False),
@@ -87,30 +92,11 @@ DOMAINS = {  # the paper's values of SHARED; "another" is Choice, for the paper 
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
 
-# The method's own coefficients, in the order of DOMAINS.
+# This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
 
-# The least value of a whole number; 1 for those that are not here.
-LEAST = {"seed": 0, "flow_steps": 2}
-
-# What a resumed run may change, for the result does not depend on it.
-MAY_CHANGE = (
-    "offline_steps",
-    "eval_every",
-    "eval_episodes",
-    "eval_envs",
-    "log_every",
-    "checkpoint_every",
-    "dataset_dir",
-    "run_dir",
-    "resume",
-    "track",
-    "wandb_project",
-)
-
-# JAX's settings that change results: kept in args.json, and the same when a run is resumed.
-JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
-PACKAGES = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
+# The least value of those whole numbers that need not be at least 1.
+LEAST = {"seed": 0}
 
 
 def available_cores():
@@ -118,6 +104,16 @@ def available_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def paper_values(domain):
+    """{flag: value} of a domain, by the tables above."""
+    if domain not in DOMAINS:
+        manipulation = domain.startswith(("cube", "scene", "puzzle"))
+        domain = "another manipulation" if manipulation else "another maze"
+    row = list(DOMAINS).index(domain)
+    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
+    return values | {name: column[row] for name, column in OWN.items()}
 
 
 @dataclasses.dataclass
@@ -135,7 +131,7 @@ class Args:
     seed: int = 1  # of the first (or only) run
     num_seeds: int = 1  # seeds seed, seed + 1, .. are trained side by side in this process
     offline_steps: int = 1_000_000  # gradient steps
-    batch_size: int = 256  # action chunks a gradient step
+    batch_size: int = 256  # action chunks per gradient step
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, mazes 1
@@ -145,16 +141,16 @@ class Args:
     rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
     learning_rate: float = 3e-4  # of Adam
     max_grad_norm: float = 1.0  # limit on the joint gradient's norm
-    best_of_n: int = 1  # chunks drawn when acting, of which the one of highest Q is executed
+    best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
     sparse: bool | None = None  # rewards that are not 0 become -1: scene and puzzle True
 
     inv_temp: float | None = None  # inverse temperature, weight of Q: the paper's are 1 to 30
 
-    eval_every: int = 50_000  # gradient steps between evaluations
-    eval_episodes: int = 50  # episodes an evaluation
+    eval_every: int = 50_000  # steps between evaluations
+    eval_episodes: int = 50  # episodes per evaluation
     eval_envs: int = available_cores()  # environment processes; does not change the score
-    log_every: int = 5_000  # gradient steps between rows of metrics.csv
-    checkpoint_every: int = 50_000  # gradient steps between checkpoints
+    log_every: int = 5_000  # steps between rows of metrics.csv
+    checkpoint_every: int = 50_000  # steps between checkpoints
     dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards
     dataset_replace_every: int = 1_000  # gradient steps on one shard
     run_dir: str = "runs"  # folder in which the run makes its own
@@ -165,20 +161,16 @@ class Args:
     def __post_init__(self):
         """Fill in the paper's values; raises ValueError for what can't be used."""
         domain, _, _ = parse_env_id(self.env_id)
-        if domain not in DOMAINS:
-            manipulation = domain.startswith(("cube", "scene", "puzzle"))
-            domain = "another manipulation" if manipulation else "another maze"
-        row = list(DOMAINS).index(domain)
-        values = dict(zip(SHARED, DOMAINS[domain], strict=True))
-        values |= {name: column[row] for name, column in OWN.items()}
-        for name, value in values.items():
+        for name, value in paper_values(domain).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
-            if type(value) is int and value < least:
+            if type(value) is int and value < least:  # isinstance would take True for 1
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+        if self.flow_steps < 2:
+            raise ValueError("--flow-steps must be at least 2")
         if min(self.hidden_dims, default=0) < 1:
             raise ValueError("--hidden-dims must be one or more widths, each at least 1")
         if not 0 <= self.discount <= 1:
@@ -253,7 +245,8 @@ class Networks(NamedTuple):
 
 
 def make_networks(args, observation_dim, action_dim):
-    """The modules, without parameters; `action_dim` is A, of one action."""
+    """The modules; `action_dim` is A, of one action."""
+    # Modules hold no parameters, so that one serves both flows.
     flow = VelocityField(args.hidden_dims, args.horizon * action_dim)
     return Networks(Critic(args.hidden_dims, args.num_critics), flow, flow)
 
@@ -269,20 +262,24 @@ def sample_ode(velocity, x0, num_steps):
         t = jnp.full_like(x[..., :1], t)  # (..., 1)
         return x + h * velocity(x, t), None
 
-    # Unrolled, XLA sees the steps as one piece of work: see docs/performance.md.
+    # Unrolled (by at most 10), the steps are one piece of work to XLA: see docs/performance.md.
     x, _ = jax.lax.scan(step, x0, jnp.arange(num_steps) * h, unroll=10)
     return x
 
 
 def drift(velocity, x, t, u):
-    """The drift of (4). Another memoryless schedule is another drift and memoryless_sigma."""
+    """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D).
+
+    It is v + sigma^2 / 2 score, with the score (t v - x) / (1 - t) and sigma^2 = 2 (1 - t) / t: for
+    another schedule change this and memoryless_sigma. u is t, kept away from 0.
+    """
     return 2 * velocity(x, t) - x / u
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i. The h keeps it finite at t = 0, where it would be infinite.
+    """sigma_i of (4) at t = t_i: sqrt(2 (1 - t) / t), with an h added twice against t = 0.
 
-    At this noise level x_T does not remember x_0. Only then is the optimum of the matching the
+    With this much noise x_T does not remember x_0. Only then is the optimum of the matching the
     tilted behavior, without a factor that depends on where a path began.
     """
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
@@ -297,11 +294,12 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         t = jnp.full_like(x[..., :1], t)  # (B, 1)
         mean = x + h * drift(velocity, x, t, t + h)
         x = mean + jnp.sqrt(h) * memoryless_sigma(t, h) * noise_i
-        return x, x
+        return x, x  # in the end x_{T-1}, and x_1 .. x_{T-1}
 
-    x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)  # 1 .. T-1
-    # No noise is added in the last step, for it would stay in the action. A step without noise
-    # can't be matched to an adjoint, since (6) divides by it: so the behavior flow makes it.
+    x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
+    # The last step adds no noise, which would stay in the action. A step without noise has to be
+    # the behavior flow's: what holds the policy near it is a KL, and that of two different points
+    # is infinite. Its term in (6) stays and trains the velocity that (3) uses there.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
 
@@ -309,20 +307,21 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
 def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
-    It tells how -inv_temp Q at the end changes with a state on the way, if behavior goes on from
-    there. It is lean because the policy does not appear in it: only behavior is differentiated.
+    g_i tells how -inv_temp Q at the end changes with x_i, if behavior goes on from there. The full
+    adjoint also differentiates what the policy adds to behavior; the lean one leaves that out, for
+    at the optimum it is 0 in the mean.
     """
     h = 1 / len(xs)
 
     def step(g, x_and_u):
         x, u = x_and_u
         u = jnp.full_like(x[..., :1], u)  # (B, 1)
-        _, multiply_by_jacobian = jax.vjp(lambda x: drift(base_velocity, x, u, u), x)
-        (product,) = multiply_by_jacobian(g)  # J^T g (B, D)
+        _, pull_back = jax.vjp(lambda x: drift(base_velocity, x, u, u), x)  # g -> J^T g
+        (product,) = pull_back(g)  # (B, D)
         g = g + h * product
         return g, g
 
-    # The paper's choice: the drift is linearized at t_i + h, the end of step i.
+    # As in the paper, the drift is linearized at t_i + h, where step i ends.
     ends = (jnp.arange(len(xs)) + 1) * h
     _, adjoints = jax.lax.scan(step, terminal_adjoint, (xs, ends), reverse=True, unroll=10)
     return adjoints
@@ -339,8 +338,8 @@ def sample_actions(args, networks, params, observations, key):
 
     `params` are those of a TrainState, with its target_params under "target".
     """
-    critic_inputs = params["critic"]["Dense_0"]["kernel"].shape[-2]  # O + D
-    action_dim = critic_inputs - observations.shape[-1]  # D
+    # The critic's first layer sees O + D numbers.
+    action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
     noise = jax.random.normal(key, (args.best_of_n, len(observations), action_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
     actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
@@ -372,15 +371,15 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
-    acting = {**params, "target": target_params}
+    acting = {**params, "target": target_params}  # some methods act by target copies
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_critic = {"params": target_params["critic"]}
     next_q = networks.critic.apply(target_critic, batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` drops chunks that run over the end of an episode. The mean divides by B all the same:
-    # dividing by their number would weigh a batch with few of them more.
+    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
+    # by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(axis=0).mean()}
 
@@ -395,9 +394,9 @@ def flow_matching_loss(velocity, actions, valid, x0, t):
 def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
     """Equation (6): x_0 .. x_{T-1}, g_0 .. g_{T-1} (T, B, D) -> scalar.
 
-    Gradients reach `velocity` alone. Term i is matched to the adjoint of x_i, where step i begins,
-    and not to that of x_{i+1}, which it produces: the paper's choice. Both agree as h -> 0, and
-    docs/derivation.md says by how much they differ before.
+    Gradients reach `velocity` alone. As in the paper, term i is matched to the adjoint of x_i,
+    where step i begins, and not to that of x_{i+1}, which it produces; as h -> 0 they agree
+    (docs/derivation.md). `valid` is not needed: only observations are used, and all are good.
     """
     h = 1 / len(xs)
     xs, adjoints = jax.lax.stop_gradient((xs, adjoints))
@@ -413,7 +412,7 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
 def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     """Equations (2), (4), (5), (6): (loss, metrics).
 
-    q and target_q are closures (s, a) -> (K, B) over critics that are held constant.
+    q and target_q map (s, a) to (K, B) and are held constant; QAM uses target_q alone.
     """
     key_x0, key_t, key_sde, key_noise = jax.random.split(key, 4)
     shape = batch.actions.shape  # (B, D)
@@ -429,14 +428,13 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     t = jax.random.uniform(key_t, (len(x0), 1))
     behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
 
-    # A rollout of the policy, on which no gradient is kept.
+    # A rollout of the policy, through which (6) lets no gradient go.
     x0 = jax.random.normal(key_sde, shape)
     noise = jax.random.normal(key_noise, (args.flow_steps - 1, *shape))
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
-    xs = jax.lax.stop_gradient(xs)
 
-    # The critic's gradient at its end. Row b of a sum over the batch depends on action b alone, so
-    # the gradient of the sum holds the gradient of each sample.
+    # The critic's gradient at its end. In the sum over the batch, term b depends on action b alone,
+    # so the gradient of the sum holds the gradient of each sample.
     def total_value(actions):
         return target_q(batch.observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
@@ -462,7 +460,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args):
-    """One Adam for all networks, after their joint gradient is clipped."""
+    """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
     return optax.chain(
         optax.clip_by_global_norm(args.max_grad_norm),
         optax.adam(args.learning_rate),
@@ -503,7 +501,7 @@ def update(args, networks, state, batch, key):
     metrics["grad_norm"] = optax.global_norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Targets move towards the parameters of before this step.
+    # Targets move towards the parameters from before this step.
     before = {name: state.params[name] for name in target_params}
     target_params = optax.incremental_update(before, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
@@ -520,6 +518,7 @@ def train_steps(args, networks, state, dataset, num_steps):
         batch = gather_chunks(dataset, indices, args.horizon, args.discount)
         return update(args, networks, state, batch, key_update)
 
+    # The loop has to begin with metrics of the right shapes.
     _, shapes = jax.eval_shape(one_update, 0, (state, None))
     metrics = jax.tree.map(jnp.zeros_like, shapes)
     return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
@@ -551,9 +550,10 @@ class Dataset(NamedTuple):
 
 
 def gather_chunks(dataset, indices, horizon, discount):
-    """Chunks of `horizon` transitions from `indices` (B,) on, cut where their episode ends.
+    """Chunks of `horizon` transitions from `indices` (B,) on (arXiv 2507.07969).
 
-    Rewards are summed and the next observation is taken up to there (arXiv 2507.07969).
+    Where an episode ends in a chunk, rewards are summed and the next observation is taken up to
+    there. Only losses that do not use `valid` see the difference.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
@@ -571,16 +571,17 @@ def gather_chunks(dataset, indices, horizon, discount):
     )
 
 
-# The next functions (up to load_dataset) and DOMAINS are all that knows OGBench. Another
-# environment needs a Box action space in [-1, 1], `info["success"]` or a return that tells, and the
-# six arrays of a Dataset: docs/own_data.md.
+# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
+# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
+# `info["success"]`: see docs/own_data.md.
 
 
 def parse_env_id(env_id):
     """`env_id` -> (domain, gymnasium id, dataset name); raises ValueError for what is none."""
+    # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
     pattern = r"(.*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
     domain, size, _, task, _ = re.fullmatch(pattern, env_id, re.DOTALL).groups("")
-    name, _, _ = domain.rpartition("-")  # less its kind of data: play, navigate, ..
+    name, _, _ = domain.rpartition("-")  # without the kind of data: play, navigate, ..
     if name.startswith(("visual", "powderworld")):
         raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
     environment_id = f"{name}-singletask{task}-v0"
@@ -593,10 +594,10 @@ def parse_env_id(env_id):
 
 
 def make_env(args):
-    """The environment, a step an action: observations (O,), actions (A,) in [-1, 1]."""
+    """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     env = gymnasium.make(environment_id)
-    # OGBench samples from a new action space at each reset; this one can be seeded.
+    # OGBench's property makes a new action space each time; this one can be seeded.
     type(env.unwrapped).action_space = env.action_space
     return env
 
@@ -686,6 +687,7 @@ def load_dataset(args, path, env):
 
     if args.sparse:
         data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
+    # As the paper does: inside what a tanh can reach.
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -701,7 +703,7 @@ def load_shard(args, paths, step, env):
 
 
 class ChunkedEpisode(gymnasium.Wrapper):
-    """The environment with a whole chunk a step, and the episode's scores so far in `info`."""
+    """An environment whose step executes a chunk; `info` has the episode's scores so far."""
 
     def __init__(self, args):
         super().__init__(make_env(args))
@@ -757,9 +759,9 @@ def make_act(args, networks):
 def evaluate(args, act, params, envs, key):
     """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
 
-    The score does not depend on the number E of processes: number i plays episodes i, i + E, ..,
-    fixed beforehand (or short episodes would count more), and the policy always sees one row an
-    episode (another shape would be another matrix product, with other rounding).
+    Choice: of E processes, process i plays episodes i, i + E, .., so that short episodes do not
+    count more. The policy always sees one row per episode, for a matrix product of another shape
+    would round in another way. So the score does not depend on E.
     """
     num_episodes = args.eval_episodes
     results = np.zeros((num_episodes, 3))
@@ -773,7 +775,7 @@ def evaluate(args, act, params, envs, key):
             current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
         observations[episode[playing]] = current[playing]
         actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        row = np.minimum(episode, num_episodes - 1)  # who has played all of its own idles along
+        row = np.minimum(episode, num_episodes - 1)  # a process that is through repeats the last
         current, _, terminated, truncated, info = envs.step(actions[row])
         chunks[episode[playing]] += 1
         ended = playing & (terminated | truncated)
@@ -793,7 +795,7 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
             started = time.perf_counter()
             state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
             params = {**state.params, "target": state.target_params}
-            key = jax.random.fold_in(state.key, 2**31 - 1)  # the number of no update
+            key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
             scores = evaluate(args, act, params, envs.result(), key)
             seconds = round(time.perf_counter() - started, 1)
             row = {"step": step, "seed": args.seed + i, "phase": "offline"}
@@ -809,6 +811,25 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
 # ------------------------------------------------------------------------------------ run folder
 
 stop_signals = []  # numbers of the signals that asked the run to stop
+
+# What a resumed run may change: the state after n updates does not depend on it.
+MAY_CHANGE = (
+    "offline_steps",
+    "eval_every",
+    "eval_episodes",
+    "eval_envs",
+    "log_every",
+    "checkpoint_every",
+    "dataset_dir",
+    "run_dir",
+    "resume",
+    "track",
+    "wandb_project",
+)
+
+# JAX's settings that change results: kept in args.json, and the same when a run is resumed.
+JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
+PACKAGES = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
 
 
 def fail(message, status=2):
@@ -845,7 +866,7 @@ def save_checkpoint(run_dir, states):
 
 
 def load_checkpoint(run_dir):
-    """{"states": nested dicts of numpy arrays, leading axis the seeds}. msgpack can't run code."""
+    """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
     path = Path(run_dir) / "checkpoint.msgpack"
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content[32:]).digest() != content[:32]:
@@ -854,7 +875,7 @@ def load_checkpoint(run_dir):
 
 
 def restore(states, checkpoint):
-    """The states of a checkpoint, in the form of `states`."""
+    """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
     states = states._replace(key=jax.random.key_data(states.key))
     states = flax.serialization.from_state_dict(states, checkpoint["states"])
     return states._replace(key=jax.random.wrap_key_data(states.key))
@@ -913,7 +934,7 @@ def read_run(run_dir):
         values["hidden_dims"] = tuple(values["hidden_dims"])
         saved = Args(**values)
         if Path(record["script"]).name != Path(__file__).name:
-            raise ValueError("it is of another script")
+            raise ValueError("that is a run of another script")
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{run_dir} is no run of {Path(__file__).name}: see its args.json ({error!r})")
     return record, saved
@@ -952,12 +973,12 @@ def describe_run(args, paths, dataset):
     }
 
 
-def check_same_run(record, saved):
-    """A resumed run goes on with the same arithmetic and the same data."""
-    if record["jax_settings"] != saved["jax_settings"]:
-        fail(f"the run was started with {saved['jax_settings']}: set that again to go on with it")
-    if record["data"]["bytes"] != saved["data"]["bytes"]:
-        data = f"{saved['data']['path'][0]} ({saved['data']['words']})"
+def check_same_run(record, before):
+    """A resumed run goes on with the same data and JAX settings; devices may round otherwise."""
+    if record["jax_settings"] != before["jax_settings"]:
+        fail(f"the run was started with {before['jax_settings']}: set that again to go on with it")
+    if record["data"]["bytes"] != before["data"]["bytes"]:
+        data = f"{before['data']['path'][0]} ({before['data']['words']})"
         fail(f"the run's data is {data}, not {record['data']['path'][0]}: see --dataset-dir")
 
 
@@ -1005,7 +1026,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
     print("compiling the update")
-    states, _ = train(states, dataset, 0)
+    states, _ = train(states, dataset, 0)  # no update
     handle_signals(request_stop)
 
     step = int(states.step[0])
@@ -1016,16 +1037,13 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
     while not stop_signals:
         if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
-            save_checkpoint(log.run_dir, states)  # a run that is killed in it loses nothing
-            rows = evaluate_at(states, step)
-            if stop_signals:
-                break
-            log.append("eval", rows)
-            bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+            save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
+            score(evaluate_at, states, step, log, bar)
+            continue
         if step >= args.offline_steps:
             break
 
-        # About a second of updates, so that a stop is prompt, but not past the next event.
+        # Choice: about a second of updates, so that a stop is prompt, but not past the next event.
         to_events = [mark - step % mark for mark in marks]
         num_updates = min(max(1, int(updates_per_second)), args.offline_steps - step, *to_events)
         started = time.perf_counter()
@@ -1039,7 +1057,8 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
         bar.update(num_updates)
 
         if step % args.log_every == 0:
-            log_metrics(args, log, metrics, step, (step - logged_step) / busy_seconds)
+            speed = (step - logged_step) / busy_seconds
+            log_metrics(args, log, metrics, step, args.offline_steps - step, speed)
             logged_step = step
             busy_seconds = 0.0
         if step % args.checkpoint_every == 0:
@@ -1056,7 +1075,15 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     return states
 
 
-def log_metrics(args, log, metrics, step, updates_per_second):
+def score(evaluate_at, states, step, log, bar):
+    """Evaluate now; what a stop leaves unfinished is not kept."""
+    rows = evaluate_at(states, step)
+    if not stop_signals:
+        log.append("eval", rows)
+        bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+
+
+def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
     """A row of metrics.csv for each seed, and the time to go where it is long."""
     rows = []
     for i in range(args.num_seeds):
@@ -1064,7 +1091,7 @@ def log_metrics(args, log, metrics, step, updates_per_second):
         row |= {name: float(value[i]) for name, value in metrics.items()}
         rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
     log.append("metrics", rows)
-    hours = (args.offline_steps - step) / updates_per_second / 3600
+    hours = updates_left / updates_per_second / 3600
     if hours > 1:
         tqdm.write(f"{datetime.timedelta(hours=round(hours))} to go")
 
@@ -1092,8 +1119,8 @@ def main(args):
 
     record = describe_run(args, paths, dataset)
     if args.resume:
-        saved, _ = read_run(args.resume)
-        check_same_run(record, saved)
+        before, _ = read_run(args.resume)
+        check_same_run(record, before)
     run_dir = open_run_folder(args)
     write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
     for name, value in record.items():
@@ -1105,11 +1132,11 @@ def main(args):
     log = RunLog(args, run_dir, step)
     states = train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     if stop_signals:
-        print(f"stopped at step {states.step[0]} and saved; {how_to_resume(run_dir)}")
+        print(f"stopped and saved; {how_to_resume(run_dir)}")
         sys.exit(128 + stop_signals[0])
     envs.result().close(terminate=True)
     folder = shlex.quote(str(run_dir))
-    print(f"finished at step {states.step[0]}; the run's folder is {folder}")
+    print(f"finished: {folder}")
     print(
         f"score and draw it: python tools/evaluate.py {folder}; python tools/plot_runs.py {folder}"
     )
