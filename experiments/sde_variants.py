@@ -177,7 +177,8 @@ def train(sde: str, flags: list[str]) -> None:
     use(sde)
     sys.argv[1:] = flags
     args = qam.parse_args()
-    args.run_dir = f"{args.run_dir}/{sde}"
+    if args.resume is None:
+        args.run_dir = f"{args.run_dir}/{sde}"
     qam.main(args)
 
 
