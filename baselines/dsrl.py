@@ -1,42 +1,65 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2", "tyro>=0.9.2",
-#     "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2",
+#     "tyro>=0.9.2", "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+#
+# [tool.uv]
+# override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
-"""Diffusion Steering (DSRL), offline (arXiv 2506.15799): python baselines/dsrl.py --env-id cube-double-play
+"""Diffusion Steering (DSRL).
 
-A critic Q is learned by temporal differences, a flow imitates the data, and an actor chooses the noise z from which the
-flow starts; a second critic Q_z tells what z is worth. The flow turns noise into a chunk of H actions along a velocity
-v(s, x, t), T steps of h = 1/T:
-(1) critic      y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'));   L_Q = mean (Q_k(s, a) - y)^2
-(2) behaviour   x_t = (1 - t) x_0 + t a;   L_BC = mean (v(s, x_t, t) - (a - x_0))^2
-(3) sampling    x_{i+1} = x_i + h v'(s, x_i, t_i),   t_i = i h;   a_flow(s, z) = clip(x_T) from x_0 = z
-(4) latent      L_Z = mean (Q_z,k(s, z) - Q_k(s, a_flow(s, z)))^2,   z ~ N(0, I)
-(5) actor       z = tanh(u) ~ pi(.|s);   L_pi = beta mean log pi(z|s) - mean Q_z(s, noise_scale z)
-(6) temperature L_beta = beta (D / 2 - mean log pi(z|s)), for an entropy of -D / 2
-Q' and v' are target copies; a_flow(s, noise_scale z), z from the actor, acts and makes a'. "Choice:" marks what the
-paper leaves open. Shapes: B batch, O observation, A action, D = H A, K critics, N transitions.
+Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
 
-Differs from qam_offline.py: PAPER_SETTINGS, COEFFICIENTS, Args, Networks, make_networks, policy, policy_loss,
+DSRL (arXiv 2506.15799) learns a critic Q by temporal differences, and a flow, "behavior", that
+imitates the data: it turns noise z into a chunk of H actions a = x_1 along a velocity v(s, x, t),
+in T steps of h = 1 / T. An actor pi chooses the noise that the flow starts from. A latent critic
+Q_z tells the actor what noise is worth, so that no gradient goes through the flow.
+
+(1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
+               L_Q = mean (Q_k(s, a) - y)^2
+(2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_behavior(s, x_t, t) - (a - x_0))^2
+(3) sampling   x_0 = z,   x_{i+1} = x_i + h v_behavior'(s, x_i, t_i),   t_i = i h
+               a_flow(s, z) is x_T clipped to [-1, 1]
+(4) latent     L_Z = mean (Q_z,k(s, z) - Q_k(s, a_flow(s, z)))^2,   z normal noise
+(5) actor      z = tanh(u) with u Gaussian, in short z ~ pi(.|s)
+               L_pi = beta mean log pi(z|s) - mean Q_z(s, noise_scale z)
+(6) beta       L_beta = beta (D / 2 - mean log pi(z|s)) brings the entropy of pi to -D / 2
+
+Q', v_behavior': target copies. s', a', m: observation and action after the chunk, and 0 if the task
+is solved in it. R: its discounted reward. (1) and (2) leave out chunks that run over the end of an
+episode. Each network learns from its own loss alone. a_flow(s, noise_scale z), z from the actor,
+acts and makes a'.
+"Choice:" marks what the paper leaves open.
+
+Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
+
+Differs from qam_offline.py: OWN, Args, Networks, make_networks, policy_actions, policy_loss,
 init_state.
 """
 
+import csv
 import dataclasses
-import difflib
+import datetime
+import fcntl
+import glob
 import hashlib
+import http.client
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import warnings
+import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,189 +72,122 @@ import numpy as np
 import ogbench
 import optax
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------- 2. arguments
-PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other domains see resolve_args
-    "cube-double-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, noise_scale=1.0),
-    "cube-triple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, noise_scale=1.4),
-    "cube-quadruple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, noise_scale=1.4, dataset="100M"),
-    "scene-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, noise_scale=0.4),
-    "puzzle-3x3-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, noise_scale=1.0),
-    "puzzle-4x4-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, noise_scale=1.0, dataset="100M"),
-    "antmaze-large-navigate": dict(horizon=1, discount=0.99, rho=0.5, sparse=False, noise_scale=0.8),
-    "antmaze-giant-navigate": dict(horizon=1, discount=0.995, rho=0.5, sparse=False, noise_scale=1.2),
-    "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, noise_scale=0.6),
-    "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, noise_scale=0.8),
+# ------------------------------------------------------------------------------------- arguments
+
+# The settings of all methods (a test keeps them the same), and below those of this one.
+SHARED = ("horizon", "discount", "rho", "sparse")
+DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
+    "cube-double-play": (5, 0.99, 0.5, False),
+    "cube-triple-play": (5, 0.99, 0.5, False),
+    "cube-quadruple-play": (5, 0.99, 0.5, False),
+    "scene-play": (5, 0.99, 0.5, True),
+    "puzzle-3x3-play": (5, 0.99, 0.5, True),
+    "puzzle-4x4-play": (5, 0.99, 0.5, True),
+    "antmaze-large-navigate": (1, 0.99, 0.5, False),
+    "antmaze-giant-navigate": (1, 0.995, 0.5, False),
+    "humanoidmaze-medium-navigate": (1, 0.995, 0.0, False),
+    "humanoidmaze-large-navigate": (1, 0.995, 0.0, False),
+    "another manipulation": (5, 0.99, 0.5, False),
+    "another maze": (1, 0.99, 0.5, False),
 }
-COEFFICIENTS = {"noise_scale": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
-MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
-MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
+PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
+
+# This method's coefficients, in the order of DOMAINS.
+OWN = {"noise_scale": [1.0, 1.4, 1.4, 0.4, 1.0, 1.0, 0.8, 1.2, 0.6, 0.8, 1.0, 1.0]}
+
+# The least value of those whole numbers that need not be at least 1.
+LEAST = {"seed": 0}
+
+
+def available_cores():
+    """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def paper_values(domain):
+    """{flag: value} of a domain, by the tables above."""
+    if domain not in DOMAINS:
+        manipulation = domain.startswith(("cube", "scene", "puzzle"))
+        domain = "another manipulation" if manipulation else "another maze"
+    row = list(DOMAINS).index(domain)
+    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
+    return values | {name: column[row] for name, column in OWN.items()}
 
 
 @dataclasses.dataclass
 class Args:
-    """Arguments; None means the paper's value for the domain (PAPER_SETTINGS)."""
+    """Train a policy on an OGBench dataset.
 
-    env_id: str = "cube-double-play"  # domain, or with its task (scene-play-task1), or an OGBench id
-    seed: int = 1  # seed of the first (or only) run, 0 or more
-    num_seeds: int = 1  # seeds seed, seed + 1, .. trained side by side in this process, at least 1
-    offline_steps: int = 1_000_000  # gradient steps, at least 1
-    batch_size: int = 256  # action chunks a gradient step, at least 1
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer, of every network
-    num_critics: int = 10  # critics in the ensemble (K), at least 1
-    horizon: int | None = None  # actions in a chunk (H), executed one after the other without looking, at least 1
-    flow_steps: int = 10  # Euler steps from noise to action (T), at least 2
-    discount: float | None = None  # discount an environment step, in [0, 1]
-    tau: float = 0.005  # target-update rate a gradient step, in (0, 1]
-    rho: float | None = None  # pessimism: standard deviations of the ensemble taken off the target, 0 or more
-    noise_scale: float | None = None  # factor on the actor's z before the flow, 0 or more
-    learning_rate: float = 3e-4  # Adam's step size, above 0
-    max_grad_norm: float = 1e12  # largest norm of the joint gradient of all networks, above 0; as it stands, no limit
-    best_of_n: int = 1  # chunks drawn when acting, of which that of highest Q is executed, at least 1
-    sparse: bool | None = None  # make every reward that is not 0 a -1
-    eval_every: int = 50_000  # gradient steps between evaluations, at least 1
-    eval_episodes: int = 50  # episodes an evaluation, at least 1
-    eval_envs: int = os.cpu_count() or 1  # environment processes, at least 1; does not change the score
-    log_every: int = 5_000  # gradient steps between rows of metrics.csv, at least 1
-    checkpoint_every: int = 50_000  # gradient steps between checkpoints, at least 1
-    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards; without it see find_dataset
-    dataset_replace_every: int = 1_000  # gradient steps on a shard before the next one, at least 1
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to go on with; flags that would change its result are refused
-    eval_only: str | None = None  # run folder whose checkpoint is scored, without training
-    track: bool = False  # log to Weights & Biases (offline, in the run folder, when not logged in there)
+    On a GPU, the paper's settings: --env-id cube-double-play
+    On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
+      --num-critics 2 --flow-steps 5 --horizon 10 --tau 0.02 --learning-rate 1e-3
+      --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
+    Where the default is None, it is the paper's value for the domain.
+    """
+
+    env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
+    seed: int = 1  # of the first (or only) run
+    num_seeds: int = 1  # seeds seed, seed + 1, .. are trained side by side in this process
+    offline_steps: int = 1_000_000  # gradient steps
+    batch_size: int = 256  # action chunks per gradient step
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
+    num_critics: int = 10  # critics in the ensemble
+    horizon: int | None = None  # actions in a chunk: manipulation 5, mazes 1
+    flow_steps: int = 10  # steps from noise to action, at least 2
+    discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
+    tau: float = 0.005  # target-update rate
+    rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
+    learning_rate: float = 3e-4  # of Adam
+    max_grad_norm: float = 1e12  # limit on the joint gradient's norm: none
+    best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
+    sparse: bool | None = None  # rewards that are not 0 become -1: scene and puzzle True
+
+    noise_scale: float | None = None  # factor on the actor's z: the paper's are 0.4 to 1.4
+
+    eval_every: int = 50_000  # steps between evaluations
+    eval_episodes: int = 50  # episodes per evaluation
+    eval_envs: int = available_cores()  # environment processes; does not change the score
+    log_every: int = 5_000  # steps between rows of metrics.csv
+    checkpoint_every: int = 50_000  # steps between checkpoints
+    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards
+    dataset_replace_every: int = 1_000  # gradient steps on one shard
+    run_dir: str = "runs"  # folder in which the run makes its own
+    resume: str | None = None  # folder of the run to go on with
+    track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works without an account)
     wandb_project: str = "qam"  # project there
-    capture_video: int = 0  # evaluation episodes to record as mp4, 0 or more (needs: pip install "imageio[ffmpeg]")
+
+    def __post_init__(self):
+        """Fill in the paper's values; raises ValueError for what can't be used."""
+        domain, _, _ = parse_env_id(self.env_id)
+        for name, value in paper_values(domain).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+        for name, value in vars(self).items():
+            least = LEAST.get(name, 1)
+            if type(value) is int and value < least:  # isinstance would take True for 1
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+        if self.flow_steps < 2:
+            raise ValueError("--flow-steps must be at least 2")
+        if min(self.hidden_dims, default=0) < 1:
+            raise ValueError("--hidden-dims must be one or more widths, each at least 1")
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"--discount must be from 0 to 1, not {self.discount}")
+        for name in ("run_dir", "dataset_dir", "resume"):
+            path = getattr(self, name)
+            if path:
+                setattr(self, name, os.path.abspath(os.path.expanduser(path)))
 
 
-def fail(message: str, status: int = 2) -> None:
-    """Print one sentence and exit: status 2 for what the user can put right, 1 for what broke on the way."""
-    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)  # beside the progress bar
-    sys.exit(status)
+# -------------------------------------------------------------------------------------- networks
 
 
-def split_env_id(env_id: str) -> tuple[str, str, str]:
-    """`env_id` -> (domain, gymnasium id, dataset name); exits with 2 and the nearest valid names if there is none."""
-    kinds = {"pointmaze": "navigate stitch", "antmaze": "navigate stitch explore", "humanoidmaze": "navigate stitch"}
-    kinds |= {"antsoccer": "navigate stitch", "visual": ""}  # of the others: play noisy; one model does not compile
-    names = sorted({n[:-14] for n in gymnasium.registry if n[-14:] == "-singletask-v0"} - {"humanoidmaze-teleport"})
-    domains = [f"{name}-{kind}" for name in names for kind in kinds.get(name.split("-")[0], "play noisy").split()]
-    domain, size, task = re.fullmatch(r"(.*?)(-100m)?(?:-singletask)?(-task\w*)?(?:-v0)?", env_id, re.S).groups("")
-    if domain not in domains:
-        near = ", ".join(difflib.get_close_matches(domain.removeprefix("visual-"), domains, cutoff=0.3) or domains)
-        fail(f"--env-id {env_id} is none of OGBench's state-based single-task domains; the nearest are {near}")
-    environment_id = f"{domain.rsplit('-', 1)[0]}-singletask{task}-v0"
-    if environment_id not in gymnasium.registry:
-        fail(f"--env-id {env_id}: {domain} has no '{task[1:]}'; its tasks are task1 to task5")
-    return domain, environment_id, f"{domain}{size}-v0"
-
-
-def resolve_args(args: Args) -> tuple[Args, dict]:
-    """Fill in the paper's values, or those of the run to go on with; check all: (args, that run's args.json or {})."""
-    saved = {}
-    if folder := args.resume or args.eval_only:
-        try:
-            saved = json.loads((Path(folder) / "args.json").read_text())
-            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"] and saved["data"]["path"][0]
-            saved["hidden_dims"] = tuple(map(int, saved["hidden_dims"]))
-            assert all(isinstance(saved[f.name], f.type) for f in dataclasses.fields(Args) if f.name != "hidden_dims")
-            said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
-            given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError):
-            fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
-        if changed := given.keys() - MAY_CHANGE:
-            fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
-        args = Args(**{k: saved[k] for k in vars(args)} | {"resume": args.resume, "eval_only": args.eval_only} | given)
-    domain = split_env_id(args.env_id)[0]
-    settings = dict(horizon=5 if domain[:3] in ("cub", "sce", "puz") else 1, discount=0.99, rho=0.5, sparse=False)
-    settings |= {name: value for name, (value, *_) in COEFFICIENTS.items()} | PAPER_SETTINGS.get(domain, {})
-    args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
-    values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
-    bounds = {f.name: (1, 10**12) for f in dataclasses.fields(Args) if f.type in (int, tuple[int, ...])}
-    bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
-    bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
-    bounds |= {"flow_steps": (2, 1000), "tau": (1e-9, 1), "rho": (0, 1e9), "learning_rate": (1e-12, 1e3)}
-    bounds |= {"max_grad_norm": (1e-12, 1e12)} | {name: limits for name, (_, *limits) in COEFFICIENTS.items()}
-    for name, (least, most) in bounds.items():
-        if type(values[name]) not in (int, float) or not least <= values[name] <= most:
-            fail(f"--{name.replace('_', '-')} must be from {least} to {most}, not {values[name]}")
-    return args, saved
-
-
-# -------------------------------------------------------------------------------------------------------------- 3. data
-class Dataset(NamedTuple):
-    observations: Any  # (N, O)
-    actions: Any  # (N, A)
-    rewards: Any  # (N,)
-    masks: Any  # (N,) 0 where the task is solved: no bootstrap
-    terminals: Any  # (N,) 1 at the last transition of an episode
-    next_observations: Any  # (N, O)
-
-
-class Batch(NamedTuple):
-    observations: jax.Array  # (B, O)
-    actions: jax.Array  # (B, H*A)
-    rewards: jax.Array  # (B,) discounted sum over the chunk
-    masks: jax.Array  # (B,)
-    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
-    next_observations: jax.Array  # (B, O)
-
-
-def gather_chunks(dataset: Dataset, indices: jax.Array, horizon: int, discount: float) -> Batch:
-    """Chunks of `horizon` transitions from `indices` (B,) on, cut where their episode ends (arXiv 2507.07969)."""
-    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
-    valid = (jnp.cumsum(dataset.terminals[steps], axis=1) == dataset.terminals[steps]).astype(jnp.float32)  # (B, H)
-    rewards = jnp.sum(discount ** jnp.arange(horizon) * dataset.rewards[steps] * valid, axis=1)
-    masks = jnp.min(jnp.where(valid == 1, dataset.masks[steps], 1.0), axis=1)
-    last = indices + jnp.sum(valid, axis=1).astype(indices.dtype) - 1  # (B,) last valid step
-    actions = dataset.actions[steps].reshape(len(indices), -1)  # (B, H*A)
-    return Batch(dataset.observations[indices], actions, rewards, masks, valid[:, -1], dataset.next_observations[last])
-
-
-def find_dataset(args: Args) -> list[Path]:
-    """The dataset's file, or its shards. Downloads or collects what is missing."""
-    name, folder = split_env_id(args.env_id)[2], os.path.expanduser(args.dataset_dir or "")
-    official, collected = (Path(f"~/.ogbench/{kind}/{name}.npz").expanduser() for kind in ("data", "collected"))
-    if args.dataset_dir is not None:
-        paths = sorted(filter(Path.is_file, Path(folder).glob("*.npz"))) if os.path.isdir(folder) else []
-        paths = [path for path in paths if path.stem == name] or [path for path in paths if path.stem[-4:] != "-val"]
-        return paths or fail(f"--dataset-dir {args.dataset_dir} holds neither {name}.npz nor another npz file")
-    if found := [path for path in (official, collected) if path.exists()]:
-        return found[:1]
-    try:
-        socket.setdefaulttimeout(20)  # seconds without an answer
-        ogbench.download_datasets([name])
-        return [official]
-    except OSError as error:
-        print(f"{name}.npz can't be downloaded ({error}).", flush=True)
-    tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
-    if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
-        fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
-    return [collected]
-
-
-def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
-    """Read an OGBench file and label it with the task's rewards; numpy arrays, float32. Exits with 2 if it is unfit."""
-    try:
-        data = ogbench.load_dataset(str(path), add_info=True)
-        assert not (bad := [k for k, v in data.items() if not np.isfinite(v).all()]), f"{bad} are not finite throughout"
-        assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
-        dims = [data[field].shape[1:] for field in ("observations", "actions", "qpos")]
-        assert dims == [(d,) for d in (*env.dims, env.unwrapped.model.nq)], f"its fields {dims} are not the task's"
-        assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
-        ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
-    except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
-        fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
-    data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0) if args.sparse else data["rewards"]
-    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
-
-
-# ---------------------------------------------------------------------------------------------------------- 4. networks
 class MLP(nn.Module):
-    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output_dim)."""
+    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output)."""
 
     hidden_dims: tuple[int, ...]
     output_dim: int
@@ -239,22 +195,27 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        dense = partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
         for width in self.hidden_dims:
-            x = nn.gelu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x), approximate=True)
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return nn.Dense(self.output_dim, kernel_init=nn.initializers.xavier_uniform())(x)
+            x = nn.gelu(dense(width)(x), approximate=True)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return dense(self.output_dim)(x)
 
 
 class VelocityField(nn.Module):
-    """v(s, x, t): (..., O), (..., D), (..., 1) -> (..., D)."""
+    """v(s, x, t): (..., O), (..., D), (..., 1) or a number -> (..., D)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int  # D
 
     @nn.compact
     def __call__(self, observations, x, t):
-        nn.share_scope(self, mlp := MLP(self.hidden_dims, self.action_dim))
-        observations, t = (jnp.broadcast_to(y, (*x.shape[:-1], y.shape[-1])) for y in (observations, t))
+        mlp = MLP(self.hidden_dims, self.action_dim)
+        nn.share_scope(self, mlp)  # the layers are Dense_0, Dense_1, .. without a level in between
+        # (B, O) observations serve all T steps of (T, B, D) states.
+        observations = jnp.broadcast_to(observations, (*x.shape[:-1], observations.shape[-1]))
+        t = jnp.broadcast_to(t, (*x.shape[:-1], 1))
         return mlp(jnp.concatenate([observations, x, t], axis=-1))
 
 
@@ -266,373 +227,884 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, observations, actions):
-        ensemble = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
-        nn.share_scope(self, mlp := nn.vmap(MLP, axis_size=self.num_critics, **ensemble)(self.hidden_dims, 1, True))
-        return mlp(jnp.concatenate([observations, actions], axis=-1))[..., 0]
+        ensemble = nn.vmap(
+            MLP,
+            variable_axes={"params": 0},  # every parameter has a leading axis K
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.num_critics,
+        )
+        mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
+        nn.share_scope(self, mlp)
+        q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
+        return q[..., 0]
 
 
 class Actor(nn.Module):
-    """Gaussian before tanh: (..., O) -> mean (..., D), log of the standard deviation (..., D), from -20 to 2."""
+    """The Gaussian before tanh: (..., O) -> mean (..., D), log of its deviation (..., D)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int  # D
 
     @nn.compact
     def __call__(self, observations):
-        hidden = nn.gelu(MLP(self.hidden_dims[:-1], self.hidden_dims[-1])(observations), approximate=True)
         dense = partial(nn.Dense, self.action_dim, kernel_init=nn.initializers.xavier_uniform())
-        return dense(name="OutputDenseMean")(hidden), jnp.clip(dense(name="OutputDenseLogStd")(hidden), -20, 2)
+        hidden = MLP(self.hidden_dims[:-1], self.hidden_dims[-1])(observations)
+        hidden = nn.gelu(hidden, approximate=True)
+        mean = dense(name="OutputDenseMean")(hidden)
+        log_std = dense(name="OutputDenseLogStd")(hidden)
+        return mean, jnp.clip(log_std, -20, 2)
 
 
 class Networks(NamedTuple):
     critic: Critic
-    flow: VelocityField  # behaviour flow
-    actor: Actor  # of latent noise z
+    behavior: VelocityField  # imitates the data
+    actor: Actor  # chooses z
     latent_critic: Critic  # Q_z
 
 
-def make_networks(args: Args, observation_dim: int, action_dim: int) -> Networks:
-    """The modules, without parameters; `action_dim` is A, of one action."""
-    dims, critic = (args.hidden_dims, args.horizon * action_dim), Critic(args.hidden_dims, args.num_critics)
-    return Networks(critic, VelocityField(*dims), Actor(*dims), critic)
+def make_networks(args, observation_dim, action_dim):
+    """The modules; `action_dim` is A, of one action."""
+    # Modules hold no parameters, so that one serves both critics.
+    critic = Critic(args.hidden_dims, args.num_critics)
+    flow = VelocityField(args.hidden_dims, args.horizon * action_dim)
+    return Networks(critic, flow, Actor(args.hidden_dims, args.horizon * action_dim), critic)
 
 
-# -------------------------------------------------------------------------------------------------------- 5. the policy
-def sample_ode(velocity, x0: jax.Array, num_steps: int) -> jax.Array:
-    """Equation (3): x0 (..., D) noise -> (..., D) action chunk, not clipped. Choice: `unroll`, docs/performance.md."""
-    step = lambda x, t: (x + velocity(x, jnp.full((*x.shape[:-1], 1), t)) / num_steps, None)
-    return jax.lax.scan(step, x0, jnp.arange(num_steps) / num_steps, unroll=10)[0]
+# ------------------------------------------------------------------------------ flow and adjoint
 
 
-def sample_tanh_gaussian(mean: jax.Array, log_std: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """mean, log_std, noise (..., D) -> tanh(u) (..., D) and its log-density (...,), with u = mean + std noise."""
+def sample_ode(velocity, x0, num_steps):
+    """Equation (3), not clipped: noise x0 (..., D) -> action chunks (..., D)."""
+    h = 1 / num_steps
+
+    def step(x, t):
+        t = jnp.full_like(x[..., :1], t)  # (..., 1)
+        return x + h * velocity(x, t), None
+
+    # Unrolled (by at most 10), the steps are one piece of work to XLA: see docs/performance.md.
+    x, _ = jax.lax.scan(step, x0, jnp.arange(num_steps) * h, unroll=10)
+    return x
+
+
+def sample_tanh_gaussian(mean, log_std, noise):
+    """z of (5) and its log-density: three (..., D) -> (..., D), (...,)."""
     u = mean + jnp.exp(log_std) * noise
-    log_slope = 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))  # log of tanh's derivative at u, stable near +-1
-    return jnp.tanh(u), jnp.sum(-(noise**2) / 2 - log_std - jnp.log(2 * jnp.pi) / 2 - log_slope, axis=-1)
+    log_gaussian = -(noise**2) / 2 - log_std - jnp.log(2 * jnp.pi) / 2
+    # The logarithm of 1 - tanh(u)^2, which itself is 0 in float32 where u is large.
+    log_slope = 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))
+    return jnp.tanh(u), jnp.sum(log_gaussian - log_slope, axis=-1)
 
 
-def policy(args: Args, networks: Networks, params: dict, observations: jax.Array, noise: jax.Array) -> jax.Array:
-    """The policy: observations (..., O), noise (..., D) -> chunks (..., D) in [-1, 1] by v' from z of the actor."""
-    flow_params = params.get("target", params)["flow"]  # a caller without target copies acts by v
-    flow = partial(networks.flow.apply, {"params": flow_params}, observations)
-    z, _ = sample_tanh_gaussian(*networks.actor.apply({"params": params["actor"]}, observations), noise)
-    return jnp.clip(sample_ode(flow, args.noise_scale * z, args.flow_steps), -1, 1)
+def policy_actions(args, networks, params, observations, noise):
+    """The actor's noise, through (3): observations (..., O), noise (..., D) -> chunks (..., D).
+
+    `noise` is what the actor's Gaussian is drawn with. Without "target" in params, v itself acts.
+    """
+    fixed = {"params": params.get("target", params)["behavior"]}
+    v_fixed = partial(networks.behavior.apply, fixed, observations)
+    mean, log_std = networks.actor.apply({"params": params["actor"]}, observations)
+    z, _ = sample_tanh_gaussian(mean, log_std, noise)
+    return jnp.clip(sample_ode(v_fixed, args.noise_scale * z, args.flow_steps), -1, 1)
 
 
-def sample_actions(args: Args, networks: Networks, params: dict, observations: jax.Array, key: jax.Array) -> jax.Array:
-    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by the mean critic."""
+def sample_actions(args, networks, params, observations, key):
+    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by mean Q.
+
+    `params` are those of a TrainState, with its target_params under "target".
+    """
+    # The critic's first layer sees O + D numbers.
     action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
     noise = jax.random.normal(key, (args.best_of_n, len(observations), action_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
-    actions = policy(args, networks, params, observations, noise)  # (n, B, D)
+    actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
     if args.best_of_n == 1:
         return actions[0]
-    q = networks.critic.apply({"params": params["critic"]}, observations, actions).mean(axis=0)  # (n, B)
-    return jnp.take_along_axis(actions, q.argmax(axis=0)[None, :, None], axis=0)[0]
+    q = networks.critic.apply({"params": params["critic"]}, observations, actions)  # (K, n, B)
+    best = q.mean(axis=0).argmax(axis=0)  # (B,)
+    return jnp.take_along_axis(actions, best[None, :, None], axis=0)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------ 6. losses
-def td_target(rewards: jax.Array, masks: jax.Array, next_q: jax.Array, discount_h: float, rho: float) -> jax.Array:
+# ---------------------------------------------------------------------------------------- losses
+
+
+class Batch(NamedTuple):
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, H*A)
+    rewards: jax.Array  # (B,) discounted sum over the chunk
+    masks: jax.Array  # (B,) 0 if the task is solved in the chunk: no bootstrap
+    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
+    next_observations: jax.Array  # (B, O)
+
+
+def td_target(rewards, masks, next_q, discount_h, rho):
     """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
-    return rewards + discount_h * masks * (next_q.mean(axis=0) - rho * next_q.std(axis=0))
+    pessimistic = next_q.mean(axis=0) - rho * next_q.std(axis=0)
+    return rewards + discount_h * masks * pessimistic
 
 
-def critic_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, key: jax.Array):
+def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
-    noise, acting = jax.random.normal(key, batch.actions.shape), params | {"target": target_params}
-    next_actions = jax.lax.stop_gradient(policy(args, networks, acting, batch.next_observations, noise))  # a' (B, D)
-    next_q = networks.critic.apply({"params": target_params["critic"]}, batch.next_observations, next_actions)  # (K, B)
+    noise = jax.random.normal(key, batch.actions.shape)
+    acting = {**params, "target": target_params}  # some methods act by target copies
+    next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
+    next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
+    target_critic = {"params": target_params["critic"]}
+    next_q = networks.critic.apply(target_critic, batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
-    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)  # (K, B)
+    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
+    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
+    # by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(axis=0).mean()}
 
 
-def flow_matching_loss(velocity, actions: jax.Array, valid: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
+def flow_matching_loss(velocity, actions, valid, x0, t):
     """Equation (2): actions (B, D), valid (B,), x0 (B, D) noise, t (B, 1) -> scalar."""
     x_t = (1 - t) * x0 + t * actions
-    return jnp.mean(valid * jnp.mean((velocity(x_t, t) - (actions - x0)) ** 2, axis=-1))
+    error = velocity(x_t, t) - (actions - x0)
+    return jnp.mean(valid * jnp.mean(error**2, axis=-1))
 
 
-def policy_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, q, target_q, key):
-    """Equations (2), (4), (5), (6): (loss, metrics). q and target_q map (s, a) to (K, B); DSRL uses q alone."""
+def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
+    """Equations (2), (4), (5), (6): (loss, metrics).
+
+    q and target_q map (s, a) to (K, B) and are held constant; DSRL uses q alone.
+    """
     key_x0, key_t, key_z, key_actor = jax.random.split(key, 4)
-    observations, shape = batch.observations, batch.actions.shape  # (B, D)
-    flow, flow_target = (
-        partial(networks.flow.apply, {"params": p["flow"]}, observations) for p in (params, target_params)
+    shape = batch.actions.shape  # (B, D)
+    v_behavior = partial(
+        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
     )
-    x0, t = jax.random.normal(key_x0, shape), jax.random.uniform(key_t, (shape[0], 1))
-    behaviour_loss = flow_matching_loss(flow, batch.actions, batch.valid, x0, t)
+    fixed = {"params": target_params["behavior"]}
+    v_fixed = partial(networks.behavior.apply, fixed, batch.observations)
+
+    # Behavior: flow matching.
+    x0 = jax.random.normal(key_x0, shape)
+    t = jax.random.uniform(key_t, (len(x0), 1))
+    behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
+
+    # Latent critics: each learns what its critic says of the actions that z leads to.
     z = jax.random.normal(key_z, shape)
-    value = q(observations, jnp.clip(sample_ode(flow_target, z, args.flow_steps), -1, 1))  # (K, B)
-    latent_q = networks.latent_critic.apply({"params": params["latent_critic"]}, observations, z)  # (K, B)
-    latent_loss = jnp.mean((latent_q - jax.lax.stop_gradient(value)) ** 2)
-    heads = networks.actor.apply({"params": params["actor"]}, observations)
-    z, log_density = sample_tanh_gaussian(*heads, jax.random.normal(key_actor, shape))  # (B, D), (B,)
-    fixed = jax.lax.stop_gradient(params["latent_critic"])
-    latent_q = networks.latent_critic.apply({"params": fixed}, observations, args.noise_scale * z)  # (K, B)
-    beta, entropy = jnp.exp(params["log_beta"]), -log_density.mean()
-    actor_loss = -jax.lax.stop_gradient(beta) * entropy - latent_q.mean()
-    beta_loss = beta * jax.lax.stop_gradient(entropy + 0.5 * shape[-1])
-    metrics = {"flow_loss": behaviour_loss, "latent_loss": latent_loss, "actor_loss": actor_loss}
+    actions = jnp.clip(sample_ode(v_fixed, z, args.flow_steps), -1, 1)  # (B, D)
+    value = q(batch.observations, actions)  # (K, B)
+    q_z = partial(networks.latent_critic.apply, {"params": params["latent_critic"]})
+    latent_loss = jnp.mean((q_z(batch.observations, z) - value) ** 2)
+
+    # Actor: high latent value, and entropy weighted by beta.
+    noise = jax.random.normal(key_actor, shape)
+    mean, log_std = networks.actor.apply({"params": params["actor"]}, batch.observations)
+    z_actor, log_density = sample_tanh_gaussian(mean, log_std, noise)  # (B, D), (B,)
+    constant = {"params": jax.lax.stop_gradient(params["latent_critic"])}
+    q_z_constant = partial(networks.latent_critic.apply, constant)
+    latent_value = q_z_constant(batch.observations, args.noise_scale * z_actor).mean()
+    entropy = -log_density.mean()
+    beta = jnp.exp(params["log_beta"])
+    actor_loss = -jax.lax.stop_gradient(beta) * entropy - latent_value
+
+    # Beta: down where the entropy is above its target, -D / 2.
+    beta_loss = beta * jax.lax.stop_gradient(entropy + shape[-1] / 2)
+
+    metrics = {"flow_loss": behavior_loss, "latent_loss": latent_loss, "actor_loss": actor_loss}
     metrics |= {"beta_loss": beta_loss, "beta": beta, "entropy": entropy}
-    return behaviour_loss + latent_loss + actor_loss + beta_loss, metrics
+    return behavior_loss + latent_loss + actor_loss + beta_loss, metrics
 
 
-# ---------------------------------------------------------------------------------------------------------- 7. training
+# ------------------------------------------------------------------------------ state and update
+
+
 class TrainState(NamedTuple):
     params: dict  # by network
-    target_params: dict  # of those networks that have a slow copy
+    target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
+    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
 
 
-def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """One Adam for all networks; their joint gradient is clipped at `max_grad_norm` first."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
+def make_optimizer(args):
+    """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
+    return optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm),
+        optax.adam(args.learning_rate),
+    )
 
 
-def init_state(args: Args, networks: Networks, observation_dim: int, action_dim: int, key: jax.Array) -> TrainState:
-    """Fresh parameters, each network's independent of the others'; targets start as copies; `action_dim` is A."""
-    keys = dict(zip(networks._fields, jax.random.split(key, len(networks)), strict=True))
-    s, a, t = jnp.zeros((1, observation_dim)), jnp.zeros((1, args.horizon * action_dim)), jnp.zeros((1, 1))
-    inputs = {"critic": (s, a), "flow": (s, a, t), "actor": (s,), "latent_critic": (s, a)}
-    params = {name: getattr(networks, name).init(keys[name], *inputs[name])["params"] for name in inputs}
-    params["log_beta"] = jnp.zeros(())
-    target_params = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "flow")}
-    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.zeros((), jnp.int32))
+def init_state(args, networks, observation_dim, action_dim, key):
+    """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
+    observations = jnp.zeros((1, observation_dim))
+    actions = jnp.zeros((1, args.horizon * action_dim))
+    t = jnp.zeros((1, 1))
+    key_critic, key_behavior, key_actor, key_latent = jax.random.split(key, 4)
+    params = {
+        "critic": networks.critic.init(key_critic, observations, actions)["params"],
+        "behavior": networks.behavior.init(key_behavior, observations, actions, t)["params"],
+        "actor": networks.actor.init(key_actor, observations)["params"],
+        "latent_critic": networks.latent_critic.init(key_latent, observations, actions)["params"],
+        "log_beta": jnp.zeros(()),
+    }
+    target_params = {"critic": params["critic"], "behavior": params["behavior"]}
+    target_params = jax.tree.map(jnp.copy, target_params)
+    opt_state = make_optimizer(args).init(params)
+    return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
 
 
-def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
-    """One gradient step on both losses; targets move towards the parameters of before it: (state, metrics)."""
+def update(args, networks, state, batch, key):
+    """One gradient step on the sum of all losses: (state, metrics)."""
     key_critic, key_policy = jax.random.split(key)
-    params, target_params = state.params, state.target_params
-    q, target_q = (partial(networks.critic.apply, {"params": p["critic"]}) for p in (params, target_params))  # fixed
+    target_params = state.target_params
+    q = partial(networks.critic.apply, {"params": state.params["critic"]})
+    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
 
     def total_loss(params):
-        loss_q, metrics_q = critic_loss(args, networks, params, target_params, batch, key_critic)
-        loss_pi, metrics_pi = policy_loss(args, networks, params, target_params, batch, q, target_q, key_policy)
-        return loss_q + loss_pi, metrics_q | metrics_pi
+        shared = (args, networks, params, target_params, batch)
+        loss_q, metrics_q = critic_loss(*shared, key_critic)
+        loss_pi, metrics_pi = policy_loss(*shared, q, target_q, key_policy)
+        return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
-    grads, metrics = jax.grad(total_loss, has_aux=True)(params)
-    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
-    target_params = optax.incremental_update({k: params[k] for k in target_params}, target_params, args.tau)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "policy_grad_norm": optax.tree.norm(grads | {"critic": 0.0})}
-    return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
+    grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Targets move towards the parameters from before this step.
+    before = {name: state.params[name] for name in target_params}
+    target_params = optax.incremental_update(before, target_params, args.tau)
+    return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
 
 
-def train_steps(args: Args, networks: Networks, state: TrainState, dataset: Dataset, num_steps):
-    """`num_steps` updates, for main to jit as one call: (state, metrics of the last, or of the first not finite)."""
+def train_steps(args, networks, state, dataset, num_steps):
+    """`num_steps` updates in one dispatch: (state, metrics of the last update)."""
 
     def one_update(_, carry):
-        state, before = carry
-        key_indices, key_update = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), state.step))
-        indices = jax.random.randint(key_indices, (args.batch_size,), 0, len(dataset.rewards) - args.horizon + 1)
+        state, _ = carry
+        key_indices, key_update = jax.random.split(jax.random.fold_in(state.key, state.step))
+        num_starts = len(dataset.rewards) - args.horizon + 1
+        indices = jax.random.randint(key_indices, (args.batch_size,), 0, num_starts)
         batch = gather_chunks(dataset, indices, args.horizon, args.discount)
-        state, metrics = update(args, networks, state, batch, key_update)
-        metrics |= {"step": state.step}
-        finite = jnp.isfinite(jnp.array(list(before.values()))).all()
-        return state, jax.tree.map(partial(jnp.where, finite), metrics, before or metrics)
+        return update(args, networks, state, batch, key_update)
 
-    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_update, 0, (state, {}))[1])
+    # The loop has to begin with metrics of the right shapes.
+    _, shapes = jax.eval_shape(one_update, 0, (state, None))
+    metrics = jax.tree.map(jnp.zeros_like, shapes)
     return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
 
 
-# ------------------------------------------------------------------------------------------------- 8. evaluation, files
+def over_seeds(function, num_seeds):
+    """`function(state, *rest)` for states with a leading axis of seeds, which share `rest`."""
+
+    def for_all(states, *rest):
+        if num_seeds > 1:
+            return jax.vmap(lambda state: function(state, *rest))(states)
+        # One seed alone is a fifth faster without vmap.
+        results = function(jax.tree.map(lambda x: x[0], states), *rest)
+        return jax.tree.map(lambda x: x[None], results)
+
+    return for_all
+
+
+# -------------------------------------------------------------------------- data and environment
+
+
+class Dataset(NamedTuple):
+    observations: Any  # (N, O)
+    actions: Any  # (N, A)
+    rewards: Any  # (N,)
+    masks: Any  # (N,) 0 where the task is solved: no bootstrap
+    terminals: Any  # (N,) 1 at the last transition of an episode
+    next_observations: Any  # (N, O)
+
+
+def gather_chunks(dataset, indices, horizon, discount):
+    """Chunks of `horizon` transitions from `indices` (B,) on (arXiv 2507.07969).
+
+    Where an episode ends in a chunk, rewards are summed and the next observation is taken up to
+    there. Only losses that do not use `valid` see the difference.
+    """
+    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
+    ends = dataset.terminals[steps]
+    ends_before = jnp.cumsum(ends, axis=1) - ends  # episodes that have ended before each step
+    valid = (ends_before == 0).astype(jnp.float32)  # (B, H)
+    discounts = discount ** jnp.arange(horizon)
+    last = indices + jnp.sum(valid, axis=1).astype(indices.dtype) - 1  # (B,) last valid step
+    return Batch(
+        observations=dataset.observations[indices],
+        actions=dataset.actions[steps].reshape(len(indices), -1),
+        rewards=jnp.sum(discounts * dataset.rewards[steps] * valid, axis=1),
+        masks=jnp.min(jnp.where(valid == 1, dataset.masks[steps], 1.0), axis=1),
+        valid=valid[:, -1],
+        next_observations=dataset.next_observations[last],
+    )
+
+
+# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
+# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
+# `info["success"]`: see docs/own_data.md.
+
+
+def parse_env_id(env_id):
+    """`env_id` -> (domain, gymnasium id, dataset name); raises ValueError for what is none."""
+    # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
+    pattern = r"(.*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
+    domain, size, _, task, _ = re.fullmatch(pattern, env_id, re.DOTALL).groups("")
+    name, _, _ = domain.rpartition("-")  # without the kind of data: play, navigate, ..
+    if name.startswith(("visual", "powderworld")):
+        raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
+    environment_id = f"{name}-singletask{task}-v0"
+    try:
+        gymnasium.spec(environment_id)
+    except gymnasium.error.Error as error:
+        examples = "Domains are cube-double-play, scene-play, ..; their tasks are task1 to task5"
+        raise ValueError(f"--env-id {env_id}: {error} {examples}") from error
+    return domain, environment_id, f"{domain}{size}-v0"
+
+
+def make_env(args):
+    """The environment: observations (O,), actions (A,) in [-1, 1]."""
+    _, environment_id, _ = parse_env_id(args.env_id)
+    env = gymnasium.make(environment_id)
+    # OGBench's property makes a new action space each time; this one can be seeded.
+    type(env.unwrapped).action_space = env.action_space
+    return env
+
+
+def find_dataset(args):
+    """The dataset's file, or its shards. Downloads or collects what is missing."""
+    domain, _, name = parse_env_id(args.env_id)
+    if args.dataset_dir:
+        return find_shards(Path(args.dataset_dir), domain, name)
+    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
+    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    for path in (official, collected):
+        if path.exists():
+            return [path]
+    if download(name, official):
+        return [official]
+    tool = Path("tools/collect_dataset.py")
+    for folder in Path(__file__).resolve().parents[:2]:
+        if (folder / tool).exists():
+            print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
+            subprocess.run([sys.executable, folder / tool, name, "--episodes", "100"])
+    if not collected.exists():
+        fail(f"no dataset: put {name}.npz into {official.parent}, or collect it with {tool}")
+    return [collected]
+
+
+def find_shards(folder, domain, name):
+    """NAME.npz of the folder, or all its npz files that may be shards of this domain's dataset."""
+    if (folder / f"{name}.npz").exists():
+        return [folder / f"{name}.npz"]
+    environments = tuple(id.removesuffix("singletask-v0") for id in gymnasium.registry)
+    shards = []
+    files = sorted(glob.glob("*.npz", root_dir=folder))  # no hidden files
+    for file in files:
+        foreign = file.startswith(environments) and not file.startswith(domain)
+        if not foreign and not file.endswith("-val.npz"):
+            shards.append(folder / file)
+    if not shards:
+        fail(f"--dataset-dir {folder} holds {files}: none is {name}.npz, or a shard of {domain}")
+    return shards
+
+
+def download(name, path):
+    """Fetch the official file; it takes its name only if it has arrived whole."""
+    url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
+    part = path.with_name(f".{name}.{os.getpid()}.part")
+    print(f"downloading {url}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as file:
+            shutil.copyfileobj(answer, file)
+        if zipfile.ZipFile(part).testzip():
+            raise zipfile.BadZipFile("a checksum in it is wrong")
+        os.replace(part, path)
+        return True
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
+        print(f"{name}.npz can't be downloaded ({error})")
+        part.unlink(missing_ok=True)
+        return False
+
+
+def load_dataset(args, path, env):
+    """Read a file and label it with the task's rewards: numpy arrays, float32.
+
+    Raises ValueError, with a sentence, if the file can't be used.
+    """
+    unreadable = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+    try:
+        data = ogbench.load_dataset(str(path), add_info=True)
+        ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+    except unreadable as error:
+        cure = "A field is missing, or the file is damaged: delete it or name other data"
+        raise ValueError(f"{path} can't be read: {error!r}. {cure}") from error
+
+    problem = None
+    dims = (data["observations"].shape[1:], data["actions"].shape[1:])
+    if dims != (env.observation_space.shape, env.action_space.shape):
+        problem = f"its observations and actions have shapes {dims}, not the environment's"
+    elif len(data["next_observations"]) != len(data["actions"]):
+        problem = "its last row does not end an episode"
+    elif len(data["actions"]) < args.horizon:
+        problem = f"its {len(data['actions'])} transitions are fewer than --horizon"
+    elif not all(np.isfinite(array).all() for array in data.values()):
+        problem = "it holds numbers that are not finite"
+    if problem:
+        raise ValueError(f"{path} can't be used for {args.env_id}: {problem}. Name other data")
+
+    if args.sparse:
+        data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
+    # As the paper does: inside what a tanh can reach.
+    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
+
+
+def load_shard(args, paths, step, env):
+    """The shard whose turn it is at a step, on the device."""
+    order = np.random.default_rng(args.seed).permutation(len(paths))
+    turn = step // args.dataset_replace_every % len(paths)
+    return jax.device_put(load_dataset(args, paths[order[turn]], env))
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
 class ChunkedEpisode(gymnasium.Wrapper):
-    """An environment whose step executes a whole chunk, and whose episode depends on the reset's seed alone."""
+    """An environment whose step executes a chunk; `info` has the episode's scores so far."""
 
-    def __init__(self, environment_id: str, horizon: int):
-        warnings.filterwarnings("ignore")  # about missing displays and rounded bounds
-        super().__init__(gymnasium.make(environment_id))
-        self.one_action = type(self.unwrapped).action_space = self.env.action_space  # OGBench's own is unseeded
-        self.dims = self.env.observation_space.shape[0], self.one_action.shape[0]  # O, A
-        self.action_space = gymnasium.spaces.Box(-1, 1, (horizon * self.dims[1],))
+    def __init__(self, args):
+        super().__init__(make_env(args))
+        self.action_space = gymnasium.spaces.Box(
+            -1, 1, (args.horizon * self.env.action_space.shape[0],)
+        )
 
-    def reset(self, *, seed=None, options=None):
-        np.random.seed(seed)  # OGBench draws from numpy's global generator too
-        self.one_action.seed(seed)
-        self.scores, self.frames = {"success": 0.0, "return": 0.0, "length": 0}, []
-        self.video = (options or {}).get("videos", {}).get(seed)
-        return self.env.reset(seed=seed)[0], {}
+    def reset(self, *, seed, options=None):
+        # The episode depends on its seed alone: OGBench's resets draw from these two as well.
+        np.random.seed(seed)
+        self.env.action_space.seed(seed)
+        self.scores = np.zeros(3)  # success, return, length
+        return self.env.reset(seed=seed)
 
     def step(self, chunk):
-        for action in chunk.reshape(-1, self.dims[1]):
+        for action in chunk.reshape(-1, *self.env.action_space.shape):
             observation, reward, terminated, truncated, info = self.env.step(action)
-            self.scores["success"], self.scores["length"] = float(info["success"]), self.scores["length"] + 1
-            self.scores["return"] += float(reward)
-            self.frames += [self.unwrapped.render()] if self.video else []
+            self.scores[0] = info.get("success", 0.0)  # at the last step, as OGBench counts it
+            self.scores[1] += reward
+            self.scores[2] += 1
             if terminated or truncated:
                 break
-        if self.video and (terminated or truncated):
-            self.video = __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
-        return observation, float(reward), terminated, truncated, self.scores
+        return observation, reward, terminated, truncated, {"scores": self.scores}
 
 
-def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorEnv, run_dir: Path, signals: list):
-    """Score act(params, observations (E, O), key, numbers (E,)) -> (E, H*A) by seed: rows of eval.csv, [] on stop."""
-    rows, step, num_envs = [], int(states.step[0]), envs.num_envs
-    for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
-        params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
-        videos = {e: f"{run_dir}/videos/step_{step}_seed_{seed}_{e}.mp4" for e in range(args.capture_video)}
-        key, started, results = jax.random.fold_in(jax.random.key(seed), 2**32 - 2), time.time(), []  # of no update
-        episodes, chunks = np.arange(num_envs), np.zeros(num_envs, int)  # process i: i, i + E, .., a quota fixed here
-        playing = restart = np.ones(num_envs, bool)
-        while playing.any():
-            if signals:
-                return []
-            if restart.any():
-                observations, _ = envs.reset(seed=episodes.tolist(), options=dict(reset_mask=restart, videos=videos))
-            actions = np.asarray(act(params, observations, key, episodes * 2**12 + chunks))  # the same for any E
-            observations, _, terminated, truncated, scores = envs.step(actions)
-            ended = (terminated | truncated) & playing
-            results += [[scores[name][e] for name in ("success", "return", "length")] for e in np.flatnonzero(ended)]
-            episodes, chunks = episodes + num_envs * ended, (chunks + 1) * ~ended
-            playing = episodes < args.eval_episodes
-            restart = ended & playing
-        scores = dict(zip(("success_rate", "return", "length"), np.mean(results, axis=0).tolist(), strict=True))
-        scores |= {"episodes": len(results), "wall_seconds": round(time.time() - started, 1)}
-        rows.append({"step": step, "seed": seed, "phase": "offline"} | scores)
-        tqdm.write("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+def start_eval_envs(args):
+    """The processes that play the evaluation's episodes; to be called in a thread of its own."""
+    # They inherit this thread's mask: Ctrl-C in a terminal is for the main process alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return gymnasium.vector.AsyncVectorEnv(
+        [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes),
+        context="spawn",  # a forked process would hold locks of JAX's threads
+        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+    )
+
+
+def make_act(args, networks):
+    """act(params, observations (N, O), chunks (N,), key) -> chunks of actions (N, H*A).
+
+    The noise of a row depends on its number and on how many chunks its episode has executed.
+    """
+
+    def act(params, observations, chunks, key):
+        def act_alone(observation, episode, chunk):
+            noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
+            return sample_actions(args, networks, params, observation[None], noise_key)[0]
+
+        return jax.vmap(act_alone)(observations, jnp.arange(len(chunks)), chunks)
+
+    return jax.jit(act)
+
+
+def evaluate(args, act, params, envs, key):
+    """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
+
+    Choice: of E processes, process i plays episodes i, i + E, .., so that short episodes do not
+    count more. The policy always sees one row per episode, for a matrix product of another shape
+    would round in another way. So the score does not depend on E.
+    """
+    num_episodes = args.eval_episodes
+    results = np.zeros((num_episodes, 3))
+    chunks = np.zeros(num_episodes, int)  # executed so far of each episode
+    observations = np.zeros((num_episodes, *envs.single_observation_space.shape))
+    episode = np.arange(envs.num_envs)  # (E,) the one that each process plays
+    playing = episode < num_episodes
+    restart = playing
+    while playing.any() and not stop_signals:
+        if restart.any():
+            current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
+        observations[episode[playing]] = current[playing]
+        actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
+        row = np.minimum(episode, num_episodes - 1)  # a process that is through repeats the last
+        current, _, terminated, truncated, info = envs.step(actions[row])
+        chunks[episode[playing]] += 1
+        ended = playing & (terminated | truncated)
+        results[episode[ended]] = info["scores"][ended]
+        episode = episode + envs.num_envs * ended
+        playing = episode < num_episodes
+        restart = ended & playing
+    success, total, length = results.mean(axis=0).tolist()
+    return {"success_rate": success, "return": total, "length": length, "episodes": num_episodes}
+
+
+def evaluate_seeds(args, act, envs, run_dir, states, step):
+    """A row of eval.csv for each seed. `envs` is the future of start_eval_envs."""
+    rows = []
+    try:
+        for i in range(args.num_seeds):
+            started = time.perf_counter()
+            state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
+            params = {**state.params, "target": state.target_params}
+            key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
+            scores = evaluate(args, act, params, envs.result(), key)
+            seconds = round(time.perf_counter() - started, 1)
+            row = {"step": step, "seed": args.seed + i, "phase": "offline"}
+            rows.append({**row, **scores, "wall_seconds": seconds})
+    except (EOFError, ConnectionError):
+        time.sleep(1)  # a batch system stops all processes at once: its signal may be on the way
+        if not stop_signals:
+            died = "an evaluation process has died, perhaps for want of memory (see --eval-envs)"
+            fail(f"{died}; the checkpoint is saved; {how_to_resume(run_dir)}", status=1)
     return rows
 
 
-def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file so that it is there whole or not at all; the one before becomes `previous`, if named."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(f"{path}.tmp", path)
+# ------------------------------------------------------------------------------------ run folder
+
+stop_signals = []  # numbers of the signals that asked the run to stop
+
+# What a resumed run may change: the state after n updates does not depend on it.
+MAY_CHANGE = (
+    "offline_steps",
+    "eval_every",
+    "eval_episodes",
+    "eval_envs",
+    "log_every",
+    "checkpoint_every",
+    "dataset_dir",
+    "run_dir",
+    "resume",
+    "track",
+    "wandb_project",
+)
+
+# JAX's settings that change results: kept in args.json, and the same when a run is resumed.
+JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
+PACKAGES = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
 
 
-def save_checkpoint(run_dir: Path, states: TrainState, log: dict) -> None:
-    """checkpoint.msgpack: 32 bytes of SHA-256, then the states and, as JSON, the rows of the CSV files."""
-    states = flax.serialization.to_state_dict(jax.device_get(states))
-    content = flax.serialization.msgpack_serialize({"states": states, "log": json.dumps(log)})
-    content = hashlib.sha256(content).digest() + content
-    write_whole(run_dir / "checkpoint.msgpack", content, run_dir / "checkpoint.previous.msgpack")
+def fail(message, status=2):
+    """Print one sentence and exit: status 2 for what the user can put right, else 1."""
+    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)
+    sys.exit(status)
 
 
-def load_checkpoint(run_dir: str | Path) -> dict:
-    """{"states": nested dicts of arrays, leading axis the seeds, "log": JSON}; exits with 2 if no file is whole."""
-    for path in (Path(run_dir) / "checkpoint.msgpack", Path(run_dir) / "checkpoint.previous.msgpack"):
-        content = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return flax.serialization.msgpack_restore(content[32:])
-        print(f"{path} is {'damaged' if content else 'not there'}", file=sys.stderr)
-    fail(f"{run_dir} holds no whole checkpoint; start the run anew")
+def how_to_resume(run_dir):
+    return "to go on: " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
 
 
-# -------------------------------------------------------------------------------------------------------------- 9. main
-def main(args: Args) -> list[dict] | None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts there is nothing to save
-    (args, saved), signals = resolve_args(args), []
-    seeds, devices = np.arange(args.seed, args.seed + args.num_seeds), jax.local_devices()[: args.num_seeds]
-    if args.num_seeds % len(devices):
-        fail(f"--num-seeds {args.num_seeds} can't be shared evenly by the {len(devices)} accelerators of this machine")
-    by_seed, everywhere = (NamedSharding(Mesh(devices, "seed"), PartitionSpec(axis)) for axis in ("seed", None))
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.eval_only or Path(args.run_dir) / name)
-    if args.capture_video:
-        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
-        find_spec("imageio_ffmpeg") or fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
-    make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
-    env = make_env()
-    networks = make_networks(args, *env.dims)
-    states = jax.jit(jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed))))(seeds)
-    one_seed = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
-    alone = lambda seeds, states, *rest: jax.lax.map(lambda x: one_seed(*x, *rest), (seeds, states))  # faster than vmap
-    act = lambda params, s, key, n: sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[0]
-    act, log = jax.jit(jax.vmap(act, (None, 0, None, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
-    if saved:
-        checkpoint = load_checkpoint(run_dir)
-        states, log = flax.serialization.from_state_dict(states, checkpoint["states"]), json.loads(checkpoint["log"])
-    states, step = jax.device_put(states, by_seed), int(states.step[0])
-    if not args.eval_only:
-        paths = find_dataset(args)
-        order, every = np.random.default_rng(args.seed).permutation(len(paths)), args.dataset_replace_every
-        shard = lambda step: load_dataset(args, paths[order[step // every % len(paths)]], env)
-        dataset = jax.device_put(shard(step), everywhere)
-        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
-        if saved and hashes != saved["data"]["sha256"]:
-            fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the environment processes: Ctrl-C is for this one alone
-    spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)  # fork copies held locks
-    envs = gymnasium.vector.AsyncVectorEnv([make_env] * min(args.eval_envs, args.eval_episodes), **spawn)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    if args.eval_only:
-        return evaluate(args, act, states, envs, run_dir, signals) or sys.exit(128 + signals[0])
-    record = vars(args) | {"script": Path(__file__).stem, "observation_dim": env.dims[0], "action_dim": env.dims[1]}
-    paper = PAPER_SETTINGS.get(split_env_id(args.env_id)[0], {}).get("dataset", "official")
-    data = {"path": list(map(str, paths)), "sha256": hashes, "transitions": len(dataset.rewards), "of_paper": paper}
-    versions = {name: version(name) for name in ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")}
-    record |= {"data": data, "device": devices[0].device_kind, "versions": versions}
-    print(", ".join(f"{key} {value}" for key, value in record.items()))
+def write_file(path, content):
+    """Write a file so that it is there whole or not at all, whenever the process dies."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        (run_dir / "videos").mkdir(parents=True, exist_ok=bool(saved))
-        write_whole(run_dir / "args.json", json.dumps(record, indent=1).encode())
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        saved = f"what was saved before is whole; {how_to_resume(path.parent)}"
+        fail(f"writing to {path} failed ({error}); {saved}", status=1)
+
+
+def save_checkpoint(run_dir, states):
+    """checkpoint.msgpack: 32 bytes of SHA-256, then all that is needed to go on."""
+    states = states._replace(key=jax.random.key_data(states.key))
+    states = flax.serialization.to_state_dict(jax.device_get(states))
+    content = flax.serialization.msgpack_serialize({"states": states})
+    write_file(run_dir / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(run_dir):
+    """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
+    path = Path(run_dir) / "checkpoint.msgpack"
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        fail(f"{path} is {'damaged' if content else 'not there yet'}: start the run anew")
+    return flax.serialization.msgpack_restore(content[32:])
+
+
+def restore(states, checkpoint):
+    """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
+    states = states._replace(key=jax.random.key_data(states.key))
+    states = flax.serialization.from_state_dict(states, checkpoint["states"])
+    return states._replace(key=jax.random.wrap_key_data(states.key))
+
+
+class RunLog:
+    """metrics.csv and eval.csv, lines on the screen and, with --track, Weights & Biases."""
+
+    def __init__(self, args, run_dir, step):
+        self.run_dir = run_dir
+        self.rows = {"metrics": [], "eval": []}
+        for name in self.rows:
+            path = run_dir / f"{name}.csv"
+            if path.exists():
+                rows = csv.DictReader(path.open())
+                # What a killed run wrote after its last checkpoint will come again.
+                self.rows[name] = [row for row in rows if int(row["step"]) <= step]
+        self.tracker = None
         if args.track:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
-            wandb.init(project=args.wandb_project, name=run_dir.name, dir=str(run_dir), config=record, mode=mode)
+            # The same id makes one curve of a run, however often it is resumed.
+            self.tracker = wandb.init(
+                project=args.wandb_project,
+                id=run_dir.name,
+                resume="allow",
+                dir=run_dir,
+                config=vars(args),
+            )
 
-        def add_rows(file, rows):
-            log[file] += rows
-            lines = [",".join(map(str, row)) for row in [rows[0], *(row.values() for row in log[file])]]
-            write_whole(run_dir / file, "\n".join([*lines, ""]).encode())
-            for row in rows if args.track else []:
-                wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
+    def append(self, name, rows):
+        """Add new rows to a file, which is written whole: a full disk leaves no half a row."""
+        self.rows[name] += rows
+        for row in rows:
+            tqdm.write("  ".join(f"{key} {value}" for key, value in row.items()))
+            if self.tracker:
+                curves = {f"{name}/{key}/{row['seed']}": value for key, value in row.items()}
+                self.tracker.log(curves, step=row["step"])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[name][-1], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows[name])
+        write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
 
-        train = jax.jit(jax.vmap(one_seed, (0, 0, None, None)) if args.num_seeds > 1 else alone, donate_argnums=1)
-        states, _ = train(seeds, states, dataset, 0)  # compiles
-        intervals = [args.log_every, args.eval_every, args.checkpoint_every] + [every] * (len(paths) > 1)
-        loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, step, 0.0, None
-        upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
-        bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", dynamic_ncols=True)
-        while True:
-            done, scored = step >= args.offline_steps, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
-            due = step > scored and (done or step % args.eval_every == 0)
-            if signals or done or due or (step > 0 and step % args.checkpoint_every == 0):
-                save_checkpoint(run_dir, states, log)
-            if due and (rows := evaluate(args, act, states, envs, run_dir, signals)):
-                add_rows("eval.csv", rows)
-                rates = [row["success_rate"] for row in rows]
-                bar.set_description(f"success {np.mean(rates):.2f} ± {np.std(rates):.2f}")
-            if signals or done:
-                break
-            started = time.time()
-            num_steps = min(dispatch, args.offline_steps - step, *(n - step % n for n in intervals))
-            states, metrics = train(seeds, states, dataset, num_steps)
-            metrics = jax.device_get(metrics)  # waits for the device
-            step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
-            if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
-                fail(f"{bad[0]} is not finite at step {last}; {run_dir} keeps the checkpoint from before, if any", 1)
-            busy, dispatch = busy + seconds, max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, a prompt Ctrl-C
-            if left is None and busy > 1:
-                left = (args.offline_steps - step) * seconds / num_steps / 3600
-                tqdm.write(f"about {left:.2g} hours on this {record['device']}; see README for sizes that fit")
-            bar.update(num_steps)
-            bar.set_postfix({name: f"{m.mean():.3g}" for name, m in metrics.items() if "loss" in name})
-            if step % args.log_every == 0:
-                metrics["updates_per_second"] = np.full(args.num_seeds, round((step - logged) / busy, 2))
-                values = [{name: float(m[i]) for name, m in metrics.items()} for i in range(args.num_seeds)]
-                add_rows("metrics.csv", [{"step": step, "seed": args.seed + i} | row for i, row in enumerate(values)])
-                logged, busy = step, 0.0
-            if upcoming and step % every == 0:
-                dataset = None  # two shards in memory, never three
-                dataset, upcoming = jax.device_put(upcoming.result(), everywhere), loader.submit(shard, step + every)
-        bar.close(), envs.close(terminate=True)  # also when the signal has reached its processes
+    def evaluation_is_due(self, step, every, last):
+        """At every multiple and at the end, unless its row is there already."""
+        scored = {int(row["step"]) for row in self.rows["eval"]}
+        return step > 0 and (step % every == 0 or step == last) and step not in scored
+
+
+def read_run(run_dir):
+    """A run's args.json, and its Args."""
+    try:
+        record = json.loads((Path(run_dir) / "args.json").read_text())
+        values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
+        values["hidden_dims"] = tuple(values["hidden_dims"])
+        saved = Args(**values)
+        if Path(record["script"]).name != Path(__file__).name:
+            raise ValueError("that is a run of another script")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{run_dir} is no run of {Path(__file__).name}: see its args.json ({error!r})")
+    return record, saved
+
+
+def parse_args():
+    """The command line; with --resume, flags that are not given keep the values of the run."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    _, saved = read_run(args.resume)
+    args = tyro.cli(Args, default=saved)
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.resume} was started with another {name}, {value}: leave that flag out")
+    return args
+
+
+def describe_run(args, paths, dataset):
+    """What args.json holds."""
+    domain, _, _ = parse_env_id(args.env_id)
+    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
+    if domain in PAPER_USED_100M:
+        words += "; the paper used 100M transitions"
+    data = {"words": words, "transitions": len(dataset.rewards)}
+    data["path"] = [str(path) for path in paths]
+    data["bytes"] = [path.stat().st_size for path in paths]
+    return {
+        **vars(args),
+        "script": os.path.abspath(__file__),
+        "data": data,
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in PACKAGES},
+        "jax_settings": {name: getattr(jax.config, name) for name in JAX_SETTINGS},
+    }
+
+
+def check_same_run(record, before):
+    """A resumed run goes on with the same data and JAX settings; devices may round otherwise."""
+    if record["jax_settings"] != before["jax_settings"]:
+        fail(f"the run was started with {before['jax_settings']}: set that again to go on with it")
+    if record["data"]["bytes"] != before["data"]["bytes"]:
+        data = f"{before['data']['path'][0]} ({before['data']['words']})"
+        fail(f"the run's data is {data}, not {record['data']['path'][0]}: see --dataset-dir")
+
+
+def open_run_folder(args):
+    """The run's folder, made or found, and locked."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{now}"
+    run_dir = Path(args.resume or Path(args.run_dir) / name)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+        # The operating system takes the lock back when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is in use: another process trains there")
     except OSError as error:
-        fail(f"writing to {run_dir} failed ({error}); what was saved there before is whole. See --run-dir and --resume")
-    if signals:
-        print(f"stopped at step {step} and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
-        sys.exit(128 + signals[0])
+        fail(f"{run_dir} can't be made ({error}); name another place with --run-dir")
+    return run_dir
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def handle_signals(handler):
+    """Ctrl-C, batch systems' signals, and a closed terminal unless the run was started by nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def request_stop(number, _):
+    os.write(2, b"\nstopping: saving first\n")
+    stop_signals.append(number)
+
+
+def check_finite(metrics, step, run_dir):
+    for name, values in metrics.items():
+        if not np.isfinite(values).all():
+            kept = f"{run_dir} keeps the checkpoint from before, if there was one"
+            fail(f"{name} is not finite at step {step}; {kept}", status=1)
+
+
+def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log):
+    """The offline phase: the states at its end, or where a stop was asked for; saved."""
+    train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
+    train = jax.jit(train, donate_argnums=0)
+    print("compiling the update")
+    states, _ = train(states, dataset, 0)  # no update
+    handle_signals(request_stop)
+
+    step = int(states.step[0])
+    marks = (args.log_every, args.eval_every, args.checkpoint_every, args.dataset_replace_every)
+    updates_per_second = 1.0
+    logged_step = step
+    busy_seconds = 0.0
+    bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
+    while not stop_signals:
+        if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
+            save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
+            score(evaluate_at, states, step, log, bar)
+            continue
+        if step >= args.offline_steps:
+            break
+
+        # Choice: about a second of updates, so that a stop is prompt, but not past the next event.
+        to_events = [mark - step % mark for mark in marks]
+        num_updates = min(max(1, int(updates_per_second)), args.offline_steps - step, *to_events)
+        started = time.perf_counter()
+        states, metrics = train(states, dataset, num_updates)
+        metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
+        seconds = max(time.perf_counter() - started, 1e-3)  # a clock may be coarse
+        step += num_updates
+        check_finite(metrics, step, log.run_dir)
+        updates_per_second = num_updates / seconds
+        busy_seconds += seconds
+        bar.update(num_updates)
+
+        if step % args.log_every == 0:
+            speed = (step - logged_step) / busy_seconds
+            log_metrics(args, log, metrics, step, args.offline_steps - step, speed)
+            logged_step = step
+            busy_seconds = 0.0
+        if step % args.checkpoint_every == 0:
+            save_checkpoint(log.run_dir, states)
+        if step % args.dataset_replace_every == 0 and len(paths) > 1:
+            dataset = None  # one shard on the device at a time
+            try:
+                dataset = load_shard(args, paths, step, env)
+            except ValueError as error:
+                save_checkpoint(log.run_dir, states)
+                fail(str(error))
+    bar.close()
+    save_checkpoint(log.run_dir, states)
+    return states
+
+
+def score(evaluate_at, states, step, log, bar):
+    """Evaluate now; what a stop leaves unfinished is not kept."""
+    rows = evaluate_at(states, step)
+    if not stop_signals:
+        log.append("eval", rows)
+        bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+
+
+def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
+    """A row of metrics.csv for each seed, and the time to go where it is long."""
+    rows = []
+    for i in range(args.num_seeds):
+        row = {"step": step, "seed": args.seed + i}
+        row |= {name: float(value[i]) for name, value in metrics.items()}
+        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
+    log.append("metrics", rows)
+    hours = updates_left / updates_per_second / 3600
+    if hours > 1:
+        tqdm.write(f"{datetime.timedelta(hours=round(hours))} to go")
+
+
+def main(args):
+    # Lines appear at once in a file, too; a console may not know every letter of a path.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
+    if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
+        print("This size is for a GPU: without one it takes days. For a laptop's, see --help.")
+
+    env = make_env(args)
+    dims = (env.observation_space.shape[0], env.action_space.shape[0])
+    networks = make_networks(args, *dims)
+    keys = jax.vmap(jax.random.key)(np.arange(args.seed, args.seed + args.num_seeds))
+    states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
+    if args.resume:
+        states = restore(states, load_checkpoint(args.resume))
+    paths = find_dataset(args)
+    step = int(states.step[0])
+    try:
+        dataset = load_shard(args, paths, step, env)
+    except ValueError as error:
+        fail(str(error))
+
+    record = describe_run(args, paths, dataset)
+    if args.resume:
+        before, _ = read_run(args.resume)
+        check_same_run(record, before)
+    run_dir = open_run_folder(args)
+    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
+    for name, value in record.items():
+        print(f"{name:22} {value}")
+    print(f"run folder: {run_dir}")
+
+    envs = ThreadPoolExecutor(1).submit(start_eval_envs, args)  # while the update compiles
+    evaluate_at = partial(evaluate_seeds, args, make_act(args, networks), envs, run_dir)
+    log = RunLog(args, run_dir, step)
+    states = train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
+    if stop_signals:
+        print(f"stopped and saved; {how_to_resume(run_dir)}")
+        sys.exit(128 + stop_signals[0])
+    envs.result().close(terminate=True)
+    folder = shlex.quote(str(run_dir))
+    print(f"finished: {folder}")
+    print(
+        f"score and draw it: python tools/evaluate.py {folder}; python tools/plot_runs.py {folder}"
+    )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args())
