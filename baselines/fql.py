@@ -298,6 +298,7 @@ def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
     acting = {**params, "target": target_params}  # some methods act by target copies
+    # a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
@@ -816,6 +817,7 @@ class RunLog:
                 curves = {f"{name}/{key}/{row['seed']}": value for key, value in row.items()}
                 self.tracker.log(curves, step=row["step"])
         text = io.StringIO()
+        # The columns are those of the last row.
         writer = csv.DictWriter(text, self.rows[name][-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows[name])
@@ -989,7 +991,7 @@ def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
     rows = []
     for i in range(args.num_seeds):
         row = {"step": step, "seed": args.seed + i}
-        row |= {name: float(value[i]) for name, value in metrics.items()}
+        row |= {name: value[i] for name, value in metrics.items()}
         rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
     log.append("metrics", rows)
     seconds = round(updates_left / updates_per_second)
@@ -1003,7 +1005,8 @@ def main(args):
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
         laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
-        print(f"This size takes days without a GPU. For a laptop: python {sys.argv[0]} {laptop}")
+        print("This size takes days without a GPU. For a laptop:")
+        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
 
     env = make_env(args)
     dims = (env.observation_space.shape[0], env.action_space.shape[0])
