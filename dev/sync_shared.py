@@ -4,11 +4,11 @@ Every top-level function, class and constant that stands in two scripts under on
 same to the letter, the comment right above it included, unless the header of one of them lists it
 under "Differs from qam_offline.py:". The text that counts is that of qam_offline.py, or, for a name
 that it does not have, of the first script that has it. The PEP 723 block is a copy, too, and so are
-the imports, unless the header lists "imports".
+the imports, under the name "imports".
 
 This program writes the text that counts into the other scripts. --check only tells, with a diff,
 and exits with 1 if anything would change. What copying can't repair (a listed name that does not
-differ, other imports) is told and left.
+differ) is told and left.
 """
 
 import ast
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = "qam_offline.py"
 ONLINE = "qam_offline_to_online.py"
 BLOCK = "PEP 723 block"
+IMPORTS = "imports"
 
 
 # ------------------------------------------------------------------------------ what a script holds
@@ -77,8 +78,12 @@ def definitions(text: str) -> dict[str, list[tuple[int, int]]]:
     return spans
 
 
+def is_import(node: ast.stmt) -> bool:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
 def sources(text: str) -> dict[str, str]:
-    """{name: its source} of what the top level defines, and of the PEP 723 block."""
+    """{name: its source} of what the top level defines, the imports and the PEP 723 block."""
     lines = text.splitlines(keepends=True)
     found = {}
     for name, spans in definitions(text).items():
@@ -86,12 +91,9 @@ def sources(text: str) -> dict[str, str]:
         found[name] = "".join(parts)
     block = re.match(r"# /// script\n(?:#.*\n)*?# ///\n", text)
     found[BLOCK] = block[0] if block else ""
+    nodes = [node for node in ast.parse(text).body if is_import(node)]
+    found[IMPORTS] = "".join(lines[nodes[0].lineno - 1 : nodes[-1].end_lineno])
     return found
-
-
-def imports(text: str) -> list[str]:
-    body = ast.parse(text).body
-    return [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def listed(text: str) -> set[str]:
@@ -112,11 +114,10 @@ def out_of_the_ordinary(path: str, text: str) -> list[str]:
     found = []
     body = ast.parse(text).body
     for node in body:
-        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
         is_docstring = node is body[0] and ast.get_docstring(ast.parse(text)) is not None
         start = ast.unparse(node).startswith("if __name__ == '__main__':\n    main(")
         is_start = node is body[-1] and start
-        if not (is_import or is_docstring or is_start or defined(node)):
+        if not (is_import(node) or is_docstring or is_start or defined(node)):
             where = f"{path}:{node.lineno}"
             found.append(
                 f"{where}: only imports, functions, classes and constants stand at the top"
@@ -132,7 +133,7 @@ def wrongly_listed(path: str, text: str, first: dict[str, str]) -> list[str]:
     """Names of the header that the script lacks, or that are no difference from qam_offline.py."""
     found = []
     own = sources(text)
-    for name in sorted(listed(text) - {"imports"}):
+    for name in sorted(listed(text)):
         words = f"{path}: the header lists {name}, which"
         if name not in own:
             found.append(f"{words} the script does not define")
@@ -160,8 +161,6 @@ def compare(scripts: dict[str, str]) -> tuple[list[tuple[str, str, str]], list[s
             origin = origins.setdefault(name, source)
             if source != origin:
                 repairs.append((path, name, origin))
-        if imports(text) != imports(scripts[FIRST]) and "imports" not in may_differ:
-            complaints.append(f"{path}: its imports are not those of {FIRST}")
         complaints += wrongly_listed(path, text, first)
         complaints += out_of_the_ordinary(path, text)
     return repairs, complaints
@@ -170,8 +169,9 @@ def compare(scripts: dict[str, str]) -> tuple[list[tuple[str, str, str]], list[s
 def repaired(text: str, name: str, source: str) -> str:
     """`text` with `source` in place of what it has under `name`."""
     if name == BLOCK:
-        block = sources(text)[BLOCK]
-        return source + text.removeprefix(block)
+        return source + text.removeprefix(sources(text)[BLOCK])
+    if name == IMPORTS:
+        return text.replace(sources(text)[IMPORTS], source, 1)
     lines = text.splitlines(keepends=True)
     spans = definitions(text)[name]
     for first, end in reversed(spans[1:]):
