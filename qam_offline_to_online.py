@@ -501,7 +501,7 @@ def update(args, networks, state, batch, key):
         return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # Targets move towards the parameters from before this step.
@@ -1323,8 +1323,10 @@ def main(args):
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
         laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
-        print("This size takes days without a GPU. For a laptop:")
-        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
+        print(
+            "This size takes days without a GPU. For a laptop:\n"
+            f"python {sys.argv[0]} --env-id {args.env_id} {laptop}"
+        )
 
     if args.num_seeds != 1:
         fail("--num-seeds must be 1: start a run for each seed")
