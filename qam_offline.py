@@ -27,7 +27,7 @@ imitates the data, "policy" is behavior moved to where Q is high.
                                       + sigma_i g_i ||^2,   i = 0 .. T-1
 
 Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
-chunk of the policy there, by (3); m: 0 if the task is solved in the chunk, else 1. (1) and (2) leave
+chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
 out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
 rollout. As h -> 0 its optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z, behavior
 "tilted" by Q; docs/derivation.md says how near T = 10 comes.

@@ -33,13 +33,16 @@ imitates the data, "policy" is behavior moved to where Q is high.
 (5) adjoint    g = -inv_temp grad_a mean_K Q'(s, clip(a)) at a = x_T, carried backwards:
                g <- g + h J^T g,   J = d/dx drift_behavior'(x, t_i + h, t_i + h) at x_i
 (6) matching   L_AM = mean_B sum_i || (drift_policy - drift_behavior')(x_i, t_i, t_i + h) / sigma_i
-                                      + sigma_i g_i ||^2
+                                      + sigma_i g_i ||^2,   i = 0 .. T-1
 
-Q', behavior': target copies. s', a', m: observation and action after the chunk, and 0 if the task
-is solved in it. R: its discounted reward. (1) and (2) leave out chunks that run over the end of an
-episode. (6) is regression: no gradient goes through the rollout. As h -> 0 its optimum samples from
-behavior(a|s) exp(inv_temp Q(s, a)) / Z; docs/derivation.md says how near T = 10 comes.
-"Choice:" marks what the paper leaves open.
+Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
+chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
+out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
+rollout. As h -> 0 its optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z, behavior
+"tilted" by Q; docs/derivation.md says how near T = 10 comes.
+
+"Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
+used here is there for them.
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 """
@@ -103,7 +106,7 @@ PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
 
-# The least value of those whole numbers that need not be at least 1.
+# Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0, "offline_steps": 0, "start_training": 0}
 
 
@@ -122,7 +125,7 @@ class Args:
     On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
       --num-critics 2 --flow-steps 5 --horizon 10 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
       --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
-    Where the default is None, it is the paper's value for the domain.
+    Where a setting's default is None, it is the paper's value for the domain.
     """
 
     env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
@@ -171,7 +174,7 @@ class Args:
 
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
-            if type(value) is int and value < least:  # isinstance would take True for 1
+            if type(value) is int and value < least:  # no bool
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.flow_steps < 2:
             raise ValueError("--flow-steps must be at least 2")
@@ -250,7 +253,7 @@ class Networks(NamedTuple):
 
 def make_networks(args, observation_dim, action_dim):
     """The modules; `action_dim` is A, of one action."""
-    # Modules hold no parameters, so that one serves both flows.
+    # Modules hold no parameters, so one serves both flows.
     flow = VelocityField(args.hidden_dims, args.horizon * action_dim)
     return Networks(Critic(args.hidden_dims, args.num_critics), flow, flow)
 
@@ -274,17 +277,17 @@ def sample_ode(velocity, x0, num_steps):
 def drift(velocity, x, t, u):
     """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D).
 
-    It is v + sigma^2 / 2 score, with the score (t v - x) / (1 - t) and sigma^2 = 2 (1 - t) / t: for
-    another schedule change this and memoryless_sigma. u is t, kept away from 0.
+    It is v + sigma^2 / 2 score, with the score (t v - x) / (1 - t) and sigma^2 = 2 (1 - t) / t: the
+    noise level that goes with the path of (2). u is t, kept away from 0.
     """
     return 2 * velocity(x, t) - x / u
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i: sqrt(2 (1 - t) / t), with an h added twice against t = 0.
+    """sigma_i of (4) at t = t_i: sqrt(2 (1 - t) / t), with h added below against t = 0, and above.
 
-    With this much noise x_T does not remember x_0. Only then is the optimum of the matching the
-    tilted behavior, without a factor that depends on where a path began.
+    With this much noise x_T does not remember x_0. Only then is the optimum of (6) the tilted
+    behavior, without a factor that depends on where a path began.
     """
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
 
@@ -298,12 +301,12 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         t = jnp.full_like(x[..., :1], t)  # (B, 1)
         mean = x + h * drift(velocity, x, t, t + h)
         x = mean + jnp.sqrt(h) * memoryless_sigma(t, h) * noise_i
-        return x, x  # in the end x_{T-1}, and x_1 .. x_{T-1}
+        return x, x  # the last one is carried on, all are kept
 
     x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
-    # The last step adds no noise, which would stay in the action. A step without noise has to be
-    # the behavior flow's: what holds the policy near it is a KL, and that of two different points
-    # is infinite. Its term in (6) stays and trains the velocity that (3) uses there.
+    # The last step adds no noise, which would stay in the action. Such a step has to be the
+    # behavior flow's: a KL holds the policy near it, infinite between two different points.
+    # (6) has a term for this step all the same: it trains the velocity that (3) uses there.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
 
@@ -312,8 +315,8 @@ def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
     g_i tells how -inv_temp Q at the end changes with x_i, if behavior goes on from there. The full
-    adjoint also differentiates what the policy adds to behavior; the lean one leaves that out, for
-    at the optimum it is 0 in the mean.
+    adjoint has a second term, with the derivative of what the policy adds to behavior. The lean one
+    leaves it out: where the policy is optimal, that term is 0 in the mean (docs/derivation.md).
     """
     h = 1 / len(xs)
 
@@ -325,7 +328,7 @@ def lean_adjoint(base_velocity, xs, terminal_adjoint):
         g = g + h * product
         return g, g
 
-    # As in the paper, the drift is linearized at t_i + h, where step i ends.
+    # As in the paper, every step is linearized like this, at t_i + h, where it ends.
     ends = (jnp.arange(len(xs)) + 1) * h
     _, adjoints = jax.lax.scan(step, terminal_adjoint, (xs, ends), reverse=True, unroll=10)
     return adjoints
@@ -375,16 +378,16 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
-    acting = {**params, "target": target_params}  # some methods act by target copies
-    # a' is one draw, whatever best_of_n is.
+    acting = {**params, "target": target_params}  # other methods act by target copies
+    # As in the paper, a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
     next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
-    # by the number of valid chunks, so that a chunk weighs the same in every batch.
+    # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
+    # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
@@ -460,7 +463,7 @@ class TrainState(NamedTuple):
     target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
-    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
+    key: jax.Array  # () never changes; step n draws with fold_in(key, n)
 
 
 def make_optimizer(args):
@@ -475,7 +478,7 @@ def init_state(args, networks, observation_dim, action_dim, key):
     """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
     observations = jnp.zeros((1, observation_dim))
     actions = jnp.zeros((1, args.horizon * action_dim))
-    key_critic, key_behavior, key_policy = jax.random.split(key, 3)
+    key, key_critic, key_behavior, key_policy = jax.random.split(key, 4)
     params = {
         "critic": networks.critic.init(key_critic, observations, actions)["params"],
         "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
@@ -504,7 +507,7 @@ def update(args, networks, state, batch, key):
     metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Targets move towards the parameters from before this step.
+    # As in the paper's code, targets move towards the parameters from before this step.
     before = {name: state.params[name] for name in target_params}
     target_params = optax.incremental_update(before, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
@@ -594,9 +597,9 @@ def gather_chunks(dataset, indices, horizon, discount):
     )
 
 
-# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
-# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
-# `info["success"]`: see docs/own_data.md.
+# OGBench: the functions from here to load_dataset and the table DOMAINS are made for it. Another
+# environment needs flat observations, actions in [-1, 1], the six arrays of a Dataset and, for the
+# success rate, `info["success"]`: docs/own_data.md has the change.
 
 
 def parse_env_id(env_id):
@@ -630,7 +633,7 @@ def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     env = gymnasium.make(environment_id)
-    # OGBench's property makes a new action space each time; this one can be seeded.
+    # In place of a property of the class, which makes a new, unseeded action space each time.
     type(env.unwrapped).action_space = env.action_space
     return env
 
@@ -717,7 +720,7 @@ def load_dataset(args, path, env):
 
     if args.sparse:
         data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
-    # As the paper does: inside what a tanh can reach.
+    # As in the paper's code. Some methods invert a tanh here.
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -847,7 +850,7 @@ def evaluate(args, act, params, envs, key):
             current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
         observations[episode[playing]] = current[playing]
         actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        # A process that has played all of its own plays along, and is not counted.
+        # A process that has played all of its episodes gets any row, and is not counted.
         current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
         chunks[episode[playing]] += 1
         ended = playing & (terminated | truncated)
@@ -888,7 +891,8 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
 
 stop_signals = []  # numbers of the signals that asked the run to stop
 
-# What a resumed run may change: the state after n updates does not depend on it.
+# What a resumed run may change: the state after n updates does not depend on it. (The place of
+# the data may change, but not its size.)
 MAY_CHANGE = (
     "online_steps",
     "eval_every",
@@ -1038,7 +1042,9 @@ def parse_args():
 
 def describe_run(args, paths, dataset):
     """What args.json holds."""
-    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    source = "official" if paths[0].parent.name == "data" else "collected"
+    if args.dataset_dir:
+        source = "from --dataset-dir"
     words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
     if args.env_id.startswith(PAPER_USED_100M):
         words += "; the paper used 100M transitions"
@@ -1126,7 +1132,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
     print("compiling the update")
-    states, _ = train(states, dataset, 0)  # no update
+    states, _ = train(states, dataset, 0)  # no update, and the program serves any number
     handle_signals(request_stop)
 
     step = int(states.step[0])
