@@ -1,44 +1,70 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2", "tyro>=0.9.2",
-#     "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2",
+#     "tyro>=0.9.2", "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+#
+# [tool.uv]
+# override-dependencies = ["labmaze; python_version < '3.13'"]
 # ///
-"""Adjoint matching on a diffusion policy, offline: python qam_diffusion_variant.py --env-id cube-double-play
+"""Adjoint matching on a diffusion policy.
 
-QAM (arXiv 2601.14234) with a DDPM policy, by discrete adjoint matching (arXiv 2409.08861). Of two networks eps(s, x, k)
-"slow" imitates the data, "fast" is slow moved to high Q; steps k = N .. 1 turn noise x_N into a chunk of H actions x_0:
-(1) critic      y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'));   L_Q = mean (Q_k(s, a) - y)^2
-(2) schedule    alpha_k = max(f(k) / f(k-1), 0.001),   f(k) = cos^2((k/N + 0.008) / 1.008 pi/2),   abar_k = prod alpha
-(3) behaviour   x_k = sqrt(abar_k) a + sqrt(1 - abar_k) e;   L_BC = mean (eps_slow(s, x_k, k) - e)^2
-(4) rollout     x_{k-1} = mu_fast(x_k) + sigma_k noise_k,   sigma_k^2 = (1 - abar_{k-1}) / (1 - abar_k) (1 - alpha_k)
-                mu(x_k) = (x_k - (1 - alpha_k) / sqrt(1 - abar_k) eps(s, x_k, k)) / sqrt(alpha_k);   mu_slow' for k = 1
-(5) adjoint     g_0 = -inv_temp grad_a mean_K Q'(s, a) at a = x_0;   g_k = J^T g_{k-1},   J = d/dx mu_slow'(x) at x_k
-(6) matching    L_AM = N mean_B sum_{k > 1} || (mu_fast - mu_slow')(x_k) / sigma_k + sigma_k g_{k-1} ||^2
-Q' and mu_slow' are of target copies. (6) is regression; its optimum, as N grows, is p_chain(a|s) exp(inv_temp Q(s, a))
-/ Z, where p_chain is what (4) makes with slow alone. With few steps that is not the data, but narrower: of a Gaussian's
-variance 1.0 or 0.05 it keeps 68 % or 45 % at N = 10, 95 % or 87 % at N = 100. "Choice:" marks what the papers leave
-open, such as the settings of this variant: QAM's. Shapes: B batch, O observation, A action, D = H A, K critics.
+Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
 
-Differs from qam_offline.py: Args, resolve_args, Networks, make_networks, lean_adjoint, policy, sample_actions,
-critic_loss, adjoint_matching_loss, policy_loss.
+QAM (arXiv 2601.14234) with a DDPM policy, by discrete adjoint matching (arXiv 2409.08861): a critic
+Q is learned by temporal differences, and two networks eps(s, x, k), whose steps k = N .. 1 turn
+noise x_N into a chunk of H actions a = x_0: "behavior" imitates the data, "policy" is behavior
+moved to where Q is high.
+
+(1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
+               L_Q = mean (Q_k(s, a) - y)^2
+(2) schedule   alpha_k = max(f(k) / f(k-1), 0.001),   abar_k = prod_{j <= k} alpha_j
+               f(k) = cos^2((k/N + 0.008) / 1.008 pi/2)
+(3) behavior   x_k = sqrt(abar_k) a + sqrt(1 - abar_k) e
+               L_BC = mean (eps_behavior(s, x_k, k) - e)^2
+(4) rollout    x_{k-1} = mu_policy(x_k) + sigma_k noise_k;   for k = 1 by mu_behavior'
+               mu(x_k) = (x_k - (1 - alpha_k) / sqrt(1 - abar_k) eps(s, x_k, k)) / sqrt(alpha_k)
+               sigma_k^2 = (1 - abar_{k-1}) / (1 - abar_k) (1 - alpha_k);   x_0 acts, clipped
+(5) adjoint    g_0 = -inv_temp grad_a mean_K Q'(s, clip(a)) at a = x_0, carried backwards:
+               g_k = J^T g_{k-1},   J = d/dx mu_behavior'(x) at x_k
+(6) matching   L_AM = N mean_B sum_{k > 1} || (mu_policy - mu_behavior')(x_k) / sigma_k
+                                              + sigma_k g_{k-1} ||^2
+
+Q', mu_behavior': of target copies. s', a', m: observation and action after the chunk, and 0 if the
+task is solved in it. R: its discounted reward. (1) and (3) leave out chunks that run over the end
+of an episode. (6) is regression: no gradient goes through the rollout. As N grows its optimum is
+p_chain(a|s) exp(inv_temp Q(s, a)) / Z, where p_chain is what (4) makes with behavior alone. With
+few steps that is not the data, but narrower: of a Gaussian's variance 1.0 or 0.05 it keeps 68 % or
+45 % at N = 10, 95 % or 87 % at N = 100. For Dataset, below, N counts transitions.
+"Choice:" marks what the paper leaves open.
+
+Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
+
+Differs from qam_offline.py: Args, Networks, make_networks, lean_adjoint, policy_actions,
+sample_actions, critic_loss, adjoint_matching_loss, policy_loss, main.
 """
 
+import csv
 import dataclasses
-import difflib
+import datetime
+import fcntl
+import glob
 import hashlib
+import http.client
+import io
 import json
 import os
 import re
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
-import warnings
+import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,189 +77,112 @@ import numpy as np
 import ogbench
 import optax
 import tyro
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------- 2. arguments
-PAPER_SETTINGS = {  # arXiv 2601.14234, tables of hyperparameters; for other domains see resolve_args
-    "cube-double-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=1.0),
-    "cube-triple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=3.0),
-    "cube-quadruple-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=False, inv_temp=1.0, dataset="100M"),
-    "scene-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=1.0),
-    "puzzle-3x3-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=3.0),
-    "puzzle-4x4-play": dict(horizon=5, discount=0.99, rho=0.5, sparse=True, inv_temp=30.0, dataset="100M"),
-    "antmaze-large-navigate": dict(horizon=1, discount=0.99, rho=0.5, sparse=False, inv_temp=10.0),
-    "antmaze-giant-navigate": dict(horizon=1, discount=0.995, rho=0.5, sparse=False, inv_temp=3.0),
-    "humanoidmaze-medium-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
-    "humanoidmaze-large-navigate": dict(horizon=1, discount=0.995, rho=0.0, sparse=False, inv_temp=3.0),
+# ------------------------------------------------------------------------------------- arguments
+
+# The settings of all methods (a test keeps them the same), and below those of this one.
+SHARED = ("horizon", "discount", "rho", "sparse")
+DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
+    "cube-double-play": (5, 0.99, 0.5, False),
+    "cube-triple-play": (5, 0.99, 0.5, False),
+    "cube-quadruple-play": (5, 0.99, 0.5, False),
+    "scene-play": (5, 0.99, 0.5, True),
+    "puzzle-3x3-play": (5, 0.99, 0.5, True),
+    "puzzle-4x4-play": (5, 0.99, 0.5, True),
+    "antmaze-large-navigate": (1, 0.99, 0.5, False),
+    "antmaze-giant-navigate": (1, 0.995, 0.5, False),
+    "humanoidmaze-medium-navigate": (1, 0.995, 0.0, False),
+    "humanoidmaze-large-navigate": (1, 0.995, 0.0, False),
+    "another manipulation": (5, 0.99, 0.5, False),
+    "another maze": (1, 0.99, 0.5, False),
 }
-COEFFICIENTS = {"inv_temp": (1.0, 0, 1e9)}  # its own: value elsewhere (Choice), least, most
-MAY_CHANGE = set("offline_steps log_every eval_every eval_episodes eval_envs checkpoint_every dataset_dir".split())
-MAY_CHANGE |= {"run_dir", "resume", "eval_only", "track", "wandb_project", "capture_video"}  # in a resumed run
+PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
+
+# This method's coefficients, in the order of DOMAINS.
+OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
+
+# The least value of those whole numbers that need not be at least 1.
+LEAST = {"seed": 0}
+
+
+def available_cores():
+    """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass
 class Args:
-    """Arguments; None means the paper's value for the domain (PAPER_SETTINGS)."""
+    """Train a policy on an OGBench dataset.
 
-    env_id: str = "cube-double-play"  # domain, or with its task (scene-play-task1), or an OGBench id
-    seed: int = 1  # seed of the first (or only) run, 0 or more
-    num_seeds: int = 1  # seeds seed, seed + 1, .. trained side by side in this process, at least 1
-    offline_steps: int = 1_000_000  # gradient steps, at least 1
-    batch_size: int = 256  # action chunks a gradient step, at least 1
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer, of every network
-    num_critics: int = 10  # critics in the ensemble (K), at least 1
-    horizon: int | None = None  # actions in a chunk (H), executed one after the other without looking, at least 1
-    diffusion_steps: int = 10  # steps from noise to action (N), at least 2
-    discount: float | None = None  # discount an environment step, in [0, 1]
-    tau: float = 0.005  # target-update rate a gradient step, in (0, 1]
-    rho: float | None = None  # pessimism: standard deviations of the ensemble taken off the target, 0 or more
-    inv_temp: float | None = None  # inverse temperature: weight of Q against the behaviour, 0 (imitation) or more
-    learning_rate: float = 3e-4  # Adam's step size, above 0
-    max_grad_norm: float = 1.0  # largest norm of the joint gradient of all networks, above 0
-    best_of_n: int = 1  # chunks drawn when acting, of which that of highest Q is executed, at least 1
-    sparse: bool | None = None  # make every reward that is not 0 a -1
-    eval_every: int = 50_000  # gradient steps between evaluations, at least 1
-    eval_episodes: int = 50  # episodes an evaluation, at least 1
-    eval_envs: int = os.cpu_count() or 1  # environment processes, at least 1; does not change the score
-    log_every: int = 5_000  # gradient steps between rows of metrics.csv, at least 1
-    checkpoint_every: int = 50_000  # gradient steps between checkpoints, at least 1
-    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards; without it see find_dataset
-    dataset_replace_every: int = 1_000  # gradient steps on a shard before the next one, at least 1
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to go on with; flags that would change its result are refused
-    eval_only: str | None = None  # run folder whose checkpoint is scored, without training
-    track: bool = False  # log to Weights & Biases (offline, in the run folder, when not logged in there)
+    On a GPU, the paper's settings: --env-id cube-double-play
+    On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
+      --num-critics 2 --diffusion-steps 5 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
+      --horizon 10 --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
+    Where the default is None, it is the paper's value for the domain.
+    """
+
+    env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
+    seed: int = 1  # of the first (or only) run
+    num_seeds: int = 1  # seeds seed, seed + 1, .. are trained side by side in this process
+    offline_steps: int = 1_000_000  # gradient steps
+    batch_size: int = 256  # action chunks per gradient step
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
+    num_critics: int = 10  # critics in the ensemble
+    horizon: int | None = None  # actions in a chunk: manipulation 5, mazes 1
+    diffusion_steps: int = 10  # steps from noise to action, at least 2
+    discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
+    tau: float = 0.005  # target-update rate
+    rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
+    learning_rate: float = 3e-4  # of Adam
+    max_grad_norm: float = 1.0  # limit on the joint gradient's norm
+    best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
+    sparse: bool | None = None  # rewards that are not 0 become -1: scene and puzzle True
+
+    inv_temp: float | None = None  # inverse temperature, weight of Q: the paper's are 1 to 30
+
+    eval_every: int = 50_000  # steps between evaluations
+    eval_episodes: int = 50  # episodes per evaluation
+    eval_envs: int = available_cores()  # environment processes; does not change the score
+    log_every: int = 5_000  # steps between rows of metrics.csv
+    checkpoint_every: int = 50_000  # steps between checkpoints
+    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards
+    dataset_replace_every: int = 1_000  # gradient steps on one shard
+    run_dir: str = "runs"  # folder in which the run makes its own
+    resume: str | None = None  # folder of the run to go on with
+    track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works without an account)
     wandb_project: str = "qam"  # project there
-    capture_video: int = 0  # evaluation episodes to record as mp4, 0 or more (needs: pip install "imageio[ffmpeg]")
+
+    def __post_init__(self):
+        """Fill in the paper's values; raises ValueError for what can't be used."""
+        domain, _, _ = parse_env_id(self.env_id)
+        for name, value in paper_values(domain).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+        for name, value in vars(self).items():
+            least = LEAST.get(name, 1)
+            if type(value) is int and value < least:  # isinstance would take True for 1
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
+        if self.diffusion_steps < 2:
+            raise ValueError("--diffusion-steps must be at least 2")
+        if min(self.hidden_dims, default=0) < 1:
+            raise ValueError("--hidden-dims must be one or more widths, each at least 1")
+        if not 0 <= self.discount <= 1:
+            raise ValueError(f"--discount must be from 0 to 1, not {self.discount}")
+        for name in ("run_dir", "dataset_dir", "resume"):
+            path = getattr(self, name)
+            if path:
+                setattr(self, name, os.path.abspath(os.path.expanduser(path)))
 
 
-def fail(message: str, status: int = 2) -> None:
-    """Print one sentence and exit: status 2 for what the user can put right, 1 for what broke on the way."""
-    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)  # beside the progress bar
-    sys.exit(status)
+# -------------------------------------------------------------------------------------- networks
 
 
-def split_env_id(env_id: str) -> tuple[str, str, str]:
-    """`env_id` -> (domain, gymnasium id, dataset name); exits with 2 and the nearest valid names if there is none."""
-    kinds = {"pointmaze": "navigate stitch", "antmaze": "navigate stitch explore", "humanoidmaze": "navigate stitch"}
-    kinds |= {"antsoccer": "navigate stitch", "visual": ""}  # of the others: play noisy; one model does not compile
-    names = sorted({n[:-14] for n in gymnasium.registry if n[-14:] == "-singletask-v0"} - {"humanoidmaze-teleport"})
-    domains = [f"{name}-{kind}" for name in names for kind in kinds.get(name.split("-")[0], "play noisy").split()]
-    domain, size, task = re.fullmatch(r"(.*?)(-100m)?(?:-singletask)?(-task\w*)?(?:-v0)?", env_id, re.S).groups("")
-    if domain not in domains:
-        near = ", ".join(difflib.get_close_matches(domain.removeprefix("visual-"), domains, cutoff=0.3) or domains)
-        fail(f"--env-id {env_id} is none of OGBench's state-based single-task domains; the nearest are {near}")
-    environment_id = f"{domain.rsplit('-', 1)[0]}-singletask{task}-v0"
-    if environment_id not in gymnasium.registry:
-        fail(f"--env-id {env_id}: {domain} has no '{task[1:]}'; its tasks are task1 to task5")
-    return domain, environment_id, f"{domain}{size}-v0"
-
-
-def resolve_args(args: Args) -> tuple[Args, dict]:
-    """Fill in the paper's values, or those of the run to go on with; check all: (args, that run's args.json or {})."""
-    saved = {}
-    if folder := args.resume or args.eval_only:
-        try:
-            saved = json.loads((Path(folder) / "args.json").read_text())
-            assert saved["script"] == Path(__file__).stem and saved["data"]["sha256"] and saved["data"]["path"][0]
-            saved["hidden_dims"] = tuple(map(int, saved["hidden_dims"]))
-            assert all(isinstance(saved[f.name], f.type) for f in dataclasses.fields(Args) if f.name != "hidden_dims")
-            said = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
-            given = {k: v for k, v in vars(args).items() if saved[k] != v and (v != getattr(Args, k) or k in said)}
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, AssertionError):
-            fail(f"{folder} is no run of {Path(__file__).name}: its args.json is missing, damaged or another script's")
-        if changed := given.keys() - MAY_CHANGE:
-            fail(f"{folder} was started with another {', '.join(sorted(changed))}; leave that out, or start a new run")
-        args = Args(**{k: saved[k] for k in vars(args)} | {"resume": args.resume, "eval_only": args.eval_only} | given)
-    domain = split_env_id(args.env_id)[0]
-    settings = dict(horizon=5 if domain[:3] in ("cub", "sce", "puz") else 1, discount=0.99, rho=0.5, sparse=False)
-    settings |= {name: value for name, (value, *_) in COEFFICIENTS.items()} | PAPER_SETTINGS.get(domain, {})
-    args = dataclasses.replace(args, **{k: v for k, v in settings.items() if getattr(args, k, v) is None})
-    values = vars(args) | {"hidden_dims": min(args.hidden_dims, default=0)}
-    bounds = {f.name: (1, 10**12) for f in dataclasses.fields(Args) if f.type in (int, tuple[int, ...])}
-    bounds |= dict.fromkeys(("horizon", "num_critics", "best_of_n", "num_seeds", "eval_envs"), (1, 1000))
-    bounds |= {"batch_size": (1, 10**6), "seed": (0, 2**31 - 10**6), "capture_video": (0, 1000), "discount": (0, 1)}
-    bounds |= {"diffusion_steps": (2, 1000), "tau": (1e-9, 1), "rho": (0, 1e9), "learning_rate": (1e-12, 1e3)}
-    bounds |= {"max_grad_norm": (1e-12, 1e12)} | {name: limits for name, (_, *limits) in COEFFICIENTS.items()}
-    for name, (least, most) in bounds.items():
-        if type(values[name]) not in (int, float) or not least <= values[name] <= most:
-            fail(f"--{name.replace('_', '-')} must be from {least} to {most}, not {values[name]}")
-    return args, saved
-
-
-# -------------------------------------------------------------------------------------------------------------- 3. data
-class Dataset(NamedTuple):
-    observations: Any  # (N, O)
-    actions: Any  # (N, A)
-    rewards: Any  # (N,)
-    masks: Any  # (N,) 0 where the task is solved: no bootstrap
-    terminals: Any  # (N,) 1 at the last transition of an episode
-    next_observations: Any  # (N, O)
-
-
-class Batch(NamedTuple):
-    observations: jax.Array  # (B, O)
-    actions: jax.Array  # (B, H*A)
-    rewards: jax.Array  # (B,) discounted sum over the chunk
-    masks: jax.Array  # (B,)
-    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
-    next_observations: jax.Array  # (B, O)
-
-
-def gather_chunks(dataset: Dataset, indices: jax.Array, horizon: int, discount: float) -> Batch:
-    """Chunks of `horizon` transitions from `indices` (B,) on, cut where their episode ends (arXiv 2507.07969)."""
-    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
-    valid = (jnp.cumsum(dataset.terminals[steps], axis=1) == dataset.terminals[steps]).astype(jnp.float32)  # (B, H)
-    rewards = jnp.sum(discount ** jnp.arange(horizon) * dataset.rewards[steps] * valid, axis=1)
-    masks = jnp.min(jnp.where(valid == 1, dataset.masks[steps], 1.0), axis=1)
-    last = indices + jnp.sum(valid, axis=1).astype(indices.dtype) - 1  # (B,) last valid step
-    actions = dataset.actions[steps].reshape(len(indices), -1)  # (B, H*A)
-    return Batch(dataset.observations[indices], actions, rewards, masks, valid[:, -1], dataset.next_observations[last])
-
-
-def find_dataset(args: Args) -> list[Path]:
-    """The dataset's file, or its shards. Downloads or collects what is missing."""
-    name, folder = split_env_id(args.env_id)[2], os.path.expanduser(args.dataset_dir or "")
-    official, collected = (Path(f"~/.ogbench/{kind}/{name}.npz").expanduser() for kind in ("data", "collected"))
-    if args.dataset_dir is not None:
-        paths = sorted(filter(Path.is_file, Path(folder).glob("*.npz"))) if os.path.isdir(folder) else []
-        paths = [path for path in paths if path.stem == name] or [path for path in paths if path.stem[-4:] != "-val"]
-        return paths or fail(f"--dataset-dir {args.dataset_dir} holds neither {name}.npz nor another npz file")
-    if found := [path for path in (official, collected) if path.exists()]:
-        return found[:1]
-    try:
-        socket.setdefaulttimeout(20)  # seconds without an answer
-        ogbench.download_datasets([name])
-        return [official]
-    except OSError as error:
-        print(f"{name}.npz can't be downloaded ({error}).", flush=True)
-    tools = [t for d in Path(__file__).resolve().parents[:2] if (t := d / "tools/collect_dataset.py").exists()]
-    if not tools or subprocess.run([sys.executable, tools[0], name, "--episodes", "100"]).returncode:
-        fail(f"no dataset: put {name}.npz into {official.parent}, or see tools/collect_dataset.py of the project")
-    return [collected]
-
-
-def load_dataset(args: Args, path: Path, env: gymnasium.Env) -> Dataset:
-    """Read an OGBench file and label it with the task's rewards; numpy arrays, float32. Exits with 2 if it is unfit."""
-    try:
-        data = ogbench.load_dataset(str(path), add_info=True)
-        assert not (bad := [k for k, v in data.items() if not np.isfinite(v).all()]), f"{bad} are not finite throughout"
-        assert len(data["next_observations"]) == len(data["actions"]), "its last row does not end an episode"
-        dims = [data[field].shape[1:] for field in ("observations", "actions", "qpos")]
-        assert dims == [(d,) for d in (*env.dims, env.unwrapped.model.nq)], f"its fields {dims} are not the task's"
-        assert len(data["actions"]) >= args.horizon, f"its {len(data['actions'])} transitions are fewer than --horizon"
-        ogbench.relabel_utils.relabel_dataset(split_env_id(args.env_id)[1], env, data)
-    except Exception as error:  # numpy and zipfile raise whatever they stumble over in a foreign file
-        fail(f"{path} can't be used for {args.env_id}: {str(error) or type(error).__name__}; make or name another")
-    data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0) if args.sparse else data["rewards"]
-    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
-
-
-# ---------------------------------------------------------------------------------------------------------- 4. networks
 class MLP(nn.Module):
-    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output_dim)."""
+    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output)."""
 
     hidden_dims: tuple[int, ...]
     output_dim: int
@@ -241,14 +190,16 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        dense = partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
         for width in self.hidden_dims:
-            x = nn.gelu(nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())(x), approximate=True)
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return nn.Dense(self.output_dim, kernel_init=nn.initializers.xavier_uniform())(x)
+            x = nn.gelu(dense(width)(x), approximate=True)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return dense(self.output_dim)(x)
 
 
 class NoisePredictor(nn.Module):
-    """eps(s, x, k): (..., O), (..., D), (..., 1) from 1 to N -> (..., D)."""
+    """eps(s, x, k): (..., O), (..., D), (..., 1) or a number -> (..., D)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int  # D
@@ -256,11 +207,16 @@ class NoisePredictor(nn.Module):
 
     @nn.compact
     def __call__(self, observations, x, k):
-        nn.share_scope(self, mlp := MLP(self.hidden_dims, self.action_dim))
-        # Choice: the MLP predicts v = signal e - spread a; of an MLP for e, mu would magnify errors 32 times at k = N.
-        signal, spread, *_ = schedule(k, self.num_steps)
-        observations, k = (jnp.broadcast_to(y, (*x.shape[:-1], y.shape[-1])) for y in (observations, k))
-        return spread * x + signal * mlp(jnp.concatenate([observations, x, k / self.num_steps], axis=-1))
+        mlp = MLP(self.hidden_dims, self.action_dim)
+        nn.share_scope(self, mlp)  # the layers are Dense_0, Dense_1, .. without a level in between
+        # (B, O) observations serve all steps of (N, B, D) states.
+        observations = jnp.broadcast_to(observations, (*x.shape[:-1], observations.shape[-1]))
+        k = jnp.broadcast_to(k, (*x.shape[:-1], 1))
+        # Choice: the MLP predicts signal e - spread a, from which e follows. If it predicted e, mu
+        # would magnify its errors 32 times at k = N.
+        signal, spread, _, _, _ = schedule(k, self.num_steps)
+        predicted = mlp(jnp.concatenate([observations, x, k / self.num_steps], axis=-1))
+        return spread * x + signal * predicted
 
 
 class Critic(nn.Module):
@@ -271,380 +227,922 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, observations, actions):
-        ensemble = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
-        nn.share_scope(self, mlp := nn.vmap(MLP, axis_size=self.num_critics, **ensemble)(self.hidden_dims, 1, True))
-        return mlp(jnp.concatenate([observations, actions], axis=-1))[..., 0]
+        ensemble = nn.vmap(
+            MLP,
+            variable_axes={"params": 0},  # every parameter has a leading axis K
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.num_critics,
+        )
+        mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
+        nn.share_scope(self, mlp)
+        q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
+        return q[..., 0]
 
 
 class Networks(NamedTuple):
     critic: Critic
-    slow: NoisePredictor  # behaviour policy
-    fast: NoisePredictor  # fine-tuned policy
+    behavior: NoisePredictor  # imitates the data
+    policy: NoisePredictor  # behavior, moved to where Q is high
 
 
-def make_networks(args: Args, observation_dim: int, action_dim: int) -> Networks:
-    """The modules, without parameters; `action_dim` is A, of one action."""
+def make_networks(args, observation_dim, action_dim):
+    """The modules; `action_dim` is A, of one action."""
+    # Modules hold no parameters, so that one serves both.
     predictor = NoisePredictor(args.hidden_dims, args.horizon * action_dim, args.diffusion_steps)
     return Networks(Critic(args.hidden_dims, args.num_critics), predictor, predictor)
 
 
-# -------------------------------------------------------------------------------------------------------- 5. the policy
-def schedule(k: jax.Array, num_steps: int) -> jax.Array:
-    """k (..) from 1 to N -> sqrt(abar_k), sqrt(1 - abar_k), sqrt(alpha_k), sqrt(1 - alpha_k), sigma_k (5, ..)."""
-    f = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    alpha = np.maximum(f[1:] / f[:-1], 0.001)
+# ------------------------------------------------------------------------------ flow and adjoint
+
+
+def schedule(k, num_steps):
+    """Equation (2) at k (..), whole numbers from 1 to N -> five arrays, (5, ..).
+
+    They are signal sqrt(abar_k), spread sqrt(1 - abar_k), keep sqrt(alpha_k), add
+    sqrt(1 - alpha_k) and the sigma_k of (4).
+    """
+    steps = np.arange(num_steps + 1) / num_steps  # k / N for k = 0 .. N
+    f = np.cos((steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    alpha = np.maximum(f[1:] / f[:-1], 0.001)  # (N,) for k = 1 .. N
     abar = np.cumprod(alpha)
-    variance = (1 - abar / alpha) / (1 - abar) * (1 - alpha)  # sigma_k^2; abar_k / alpha_k is abar_{k-1}
-    return jnp.asarray(np.sqrt([abar, 1 - abar, alpha, 1 - alpha, variance]), k.dtype)[:, k.astype(int) - 1]
+    abar_before = abar / alpha  # abar_{k-1}
+    variance = (1 - abar_before) / (1 - abar) * (1 - alpha)  # sigma_k^2
+    table = np.sqrt([abar, 1 - abar, alpha, 1 - alpha, variance])  # (5, N)
+    return jnp.asarray(table, jnp.float32)[:, k.astype(int) - 1]
 
 
-def reverse_mean(epsilon, x: jax.Array, k, num_steps: int) -> jax.Array:
-    """mu of equation (4): x (..., D), k () or (..., 1) -> (..., D)."""
-    k = jnp.broadcast_to(k, (*x.shape[:-1], 1))
+def reverse_mean(epsilon, x, k, num_steps):
+    """mu of (4): x (..., D), k (..., 1) -> (..., D)."""
     _, spread, keep, add, _ = schedule(k, num_steps)
     return (x - add**2 / spread * epsilon(x, k)) / keep
 
 
-def sample_ancestral(epsilon, base_epsilon, x_N: jax.Array, noise: jax.Array) -> jax.Array:
-    """Equation (4): x_N (B, D), noise (N-1, B, D) -> x_N .. x_0 (N+1, B, D); the last step is the base's."""
-    num_steps, k = len(noise) + 1, jnp.arange(len(noise) + 1, 1.0, -1.0)  # k = N .. 2
-    step = lambda x, given: (reverse_mean(epsilon, x, given[0], num_steps) + given[1] * given[2], x)
-    x, xs = jax.lax.scan(step, x_N, (k, schedule(k, num_steps)[4], noise), unroll=10)  # x_1, and x_N .. x_2 (N-1, B, D)
-    return jnp.concatenate([xs, x[None], reverse_mean(base_epsilon, x, 1.0, num_steps)[None]])
+def sample_ancestral(epsilon, base_epsilon, x_N, noise):
+    """Equation (4): x_N (B, D), noise (N-1, B, D) -> states x_N .. x_0 (N+1, B, D)."""
+    num_steps = len(noise) + 1
+
+    def step(x, k_and_noise):
+        k, noise_k = k_and_noise
+        k = jnp.full_like(x[..., :1], k)  # (B, 1)
+        _, _, _, _, sigma = schedule(k, num_steps)
+        x_next = reverse_mean(epsilon, x, k, num_steps) + sigma * noise_k
+        return x_next, x  # in the end x_1, and x_N .. x_2
+
+    # Unrolled (by at most 10), the steps are one piece of work to XLA: see docs/performance.md.
+    ks = jnp.arange(num_steps, 1, -1)
+    x, xs = jax.lax.scan(step, x_N, (ks, noise), unroll=10)
+    # For k = 1 sigma is 0. A step without noise has to be behavior's: what holds the policy near it
+    # is a KL, and that of two different points is infinite.
+    x_last = reverse_mean(base_epsilon, x, jnp.ones_like(x[..., :1]), num_steps)
+    return jnp.concatenate([xs, x[None], x_last[None]])
 
 
-def lean_adjoint(base_epsilon, xs: jax.Array, terminal_adjoint: jax.Array) -> jax.Array:
-    """Equation (5): states x_N .. x_1 (N, B, D), g at x_0 (B, D) -> adjoints g_{N-1} .. g_0 (N, B, D)."""
-    linearise = lambda x, k: jax.vjp(lambda x: reverse_mean(base_epsilon, x, k, len(xs)), x)[1]  # g_{k-1} -> (g_k,)
-    pull_backs = jax.vmap(linearise)(xs[1:], jnp.arange(len(xs) - 1, 0.0, -1.0))  # all at once; then g step by step
-    first, rest = jax.lax.scan(lambda g, pull: (pull(g)[0], g), terminal_adjoint, pull_backs, reverse=True, unroll=10)
-    return jnp.concatenate([first[None], rest])
+def lean_adjoint(base_epsilon, xs, terminal_adjoint):
+    """Equation (5): x_N .. x_1 (N, B, D), g at x_0 (B, D) -> g_{N-1} .. g_0 (N, B, D).
+
+    g_k tells how -inv_temp Q at the end changes with x_k, if behavior goes on from there. The full
+    adjoint also differentiates what the policy adds to behavior; the lean one leaves that out, for
+    at the optimum it is 0 in the mean.
+    """
+    num_steps = len(xs)
+
+    def step(g, x_and_k):
+        x, k = x_and_k
+        k = jnp.full_like(x[..., :1], k)  # (B, 1)
+        _, pull_back = jax.vjp(lambda x: reverse_mean(base_epsilon, x, k, num_steps), x)
+        (g,) = pull_back(g)  # J^T g
+        return g, g
+
+    # No step ends at x_N: its adjoint is not needed.
+    ks = jnp.arange(num_steps - 1, 0, -1)
+    _, adjoints = jax.lax.scan(step, terminal_adjoint, (xs[1:], ks), reverse=True, unroll=10)
+    return jnp.concatenate([adjoints, terminal_adjoint[None]])
 
 
-def policy(args: Args, networks: Networks, params: dict, observations: jax.Array, noise: jax.Array) -> jax.Array:
-    """The policy: observations (..., O), noise (N, ..., D) -> chunks (..., D) in [-1, 1] by fast, equation (4)."""
-    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
-    base = partial(networks.slow.apply, {"params": params.get("target", params)["slow"]}, observations)  # for k = 1
-    # Choice: the x_0 predicted on the way are not clipped; with v as the MLP's output it made no difference (bandit).
-    return jnp.clip(sample_ancestral(fast, base, noise[0], noise[1:])[-1], -1, 1)
+def policy_actions(args, networks, params, observations, noise):
+    """The policy, by (4): observations (..., O), noise (N, ..., D) -> chunks (..., D) in [-1, 1].
+
+    Without "target" in params, behavior itself makes the last step.
+    """
+    eps_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
+    fixed = {"params": params.get("target", params)["behavior"]}
+    eps_base = partial(networks.behavior.apply, fixed, observations)
+    # Choice: no x_0 that is predicted on the way is clipped. On the bandit of
+    # experiments/closed_form.py that made no difference.
+    return jnp.clip(sample_ancestral(eps_policy, eps_base, noise[0], noise[1:])[-1], -1, 1)
 
 
-def sample_actions(args: Args, networks: Networks, params: dict, observations: jax.Array, key: jax.Array) -> jax.Array:
-    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by the mean critic."""
+def sample_actions(args, networks, params, observations, key):
+    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by mean Q.
+
+    `params` are those of a TrainState, with its target_params under "target".
+    """
+    # The critic's first layer sees O + D numbers.
     action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
-    noise = jax.random.normal(key, (args.diffusion_steps, args.best_of_n, len(observations), action_dim))
+    shape = (args.diffusion_steps, args.best_of_n, len(observations), action_dim)
+    noise = jax.random.normal(key, shape)
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
-    actions = policy(args, networks, params, observations, noise)  # (n, B, D)
+    actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
     if args.best_of_n == 1:
         return actions[0]
-    q = networks.critic.apply({"params": params["critic"]}, observations, actions).mean(axis=0)  # (n, B)
-    return jnp.take_along_axis(actions, q.argmax(axis=0)[None, :, None], axis=0)[0]
+    q = networks.critic.apply({"params": params["critic"]}, observations, actions)  # (K, n, B)
+    best = q.mean(axis=0).argmax(axis=0)  # (B,)
+    return actions[best, jnp.arange(len(best))]
 
 
-# ------------------------------------------------------------------------------------------------------------ 6. losses
-def td_target(rewards: jax.Array, masks: jax.Array, next_q: jax.Array, discount_h: float, rho: float) -> jax.Array:
+# ---------------------------------------------------------------------------------------- losses
+
+
+class Batch(NamedTuple):
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, H*A)
+    rewards: jax.Array  # (B,) discounted sum over the chunk
+    masks: jax.Array  # (B,) 0 if the task is solved in the chunk: no bootstrap
+    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
+    next_observations: jax.Array  # (B, O)
+
+
+def td_target(rewards, masks, next_q, discount_h, rho):
     """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
-    return rewards + discount_h * masks * (next_q.mean(axis=0) - rho * next_q.std(axis=0))
+    pessimistic = next_q.mean(axis=0) - rho * next_q.std(axis=0)
+    return rewards + discount_h * masks * pessimistic
 
 
-def critic_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, key: jax.Array):
+def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
-    z, acting = jax.random.normal(key, (args.diffusion_steps, *batch.actions.shape)), params | {"target": target_params}
-    next_actions = jax.lax.stop_gradient(policy(args, networks, acting, batch.next_observations, z))  # a' (B, D)
-    next_q = networks.critic.apply({"params": target_params["critic"]}, batch.next_observations, next_actions)  # (K, B)
+    noise = jax.random.normal(key, (args.diffusion_steps, *batch.actions.shape))
+    acting = {**params, "target": target_params}  # some methods act by target copies
+    # a' is one draw, whatever best_of_n is.
+    next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
+    next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
+    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
+    next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
-    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)  # (K, B)
+    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
+    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
+    # by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
-    return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(axis=0).mean()}
+    return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
 
-def denoising_loss(epsilon, actions: jax.Array, valid: jax.Array, noise: jax.Array, k: jax.Array, num_steps: int):
-    """Equation (3): actions (B, D), valid (B,), noise (B, D), k (B, 1) from 1 to N -> scalar."""
-    signal, spread, *_ = schedule(k, num_steps)
-    return jnp.mean(valid * jnp.mean((epsilon(signal * actions + spread * noise, k) - noise) ** 2, axis=-1))
+def denoising_loss(epsilon, actions, valid, noise, k, num_steps):
+    """Equation (3): actions (B, D), valid (B,), noise (B, D), k (B, 1) -> scalar."""
+    signal, spread, _, _, _ = schedule(k, num_steps)
+    error = epsilon(signal * actions + spread * noise, k) - noise
+    return jnp.mean(valid * jnp.mean(error**2, axis=-1))
 
 
-def adjoint_matching_loss(epsilon, base_epsilon, xs: jax.Array, adjoints: jax.Array) -> jax.Array:
-    """Equation (6): x_N .. x_1, g_{N-1} .. g_0 (N, B, D) -> scalar; gradients reach `epsilon` alone."""
-    xs, adjoints, num_steps = *jax.lax.stop_gradient((xs[:-1], adjoints[:-1])), len(xs)  # (N-1, B, D): not of k = 1
-    k = jnp.broadcast_to(jnp.arange(num_steps, 1.0, -1.0)[:, None, None], (*xs.shape[:-1], 1))  # (N-1, B, 1)
+def adjoint_matching_loss(epsilon, base_epsilon, xs, adjoints):
+    """Equation (6): x_N .. x_1, g_{N-1} .. g_0 (N, B, D) -> scalar.
+
+    Gradients reach `epsilon` alone. Term k is matched to the adjoint of x_{k-1}, which it produces
+    (docs/derivation.md). `valid` is not needed: only observations are used, and all are good.
+    """
+    num_steps = len(xs)
+    xs, adjoints = jax.lax.stop_gradient((xs[:-1], adjoints[:-1]))  # (N-1, B, D), not of k = 1
+    k = jnp.arange(num_steps, 1, -1).reshape(-1, 1, 1)  # (N-1, 1, 1)
+    k = jnp.broadcast_to(k, (*xs.shape[:-1], 1)).astype(float)  # (N-1, B, 1)
     _, spread, keep, add, sigma = schedule(k, num_steps)
-    difference = epsilon(xs, k) - jax.lax.stop_gradient(base_epsilon(xs, k))
-    terms = sigma * adjoints - add**2 / (spread * keep * sigma) * difference
-    return num_steps * jnp.mean(jnp.sum(terms**2, axis=(0, 2)))  # N: the flow's terms, too, are 1 / h times the path's
+    difference = epsilon(xs, k) - jax.lax.stop_gradient(base_epsilon(xs, k))  # (N-1, B, D)
+    difference = -(add**2) / (spread * keep) * difference  # of the two mu: x_k cancels
+    residual = difference / sigma + sigma * adjoints
+    # Times N, for the same weight as on a flow, where a term is 1 / h of the path's KL.
+    return num_steps * jnp.mean(jnp.sum(residual**2, axis=(0, 2)))
 
 
-def policy_loss(args: Args, networks: Networks, params: dict, target_params: dict, batch: Batch, q, target_q, key):
-    """Equations (3) to (6): (loss, metrics). q and target_q map (s, a) to (K, B); target_q alone is used."""
+def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
+    """Equations (3), (4), (5), (6): (loss, metrics).
+
+    q and target_q map (s, a) to (K, B) and are held constant; target_q alone is used.
+    """
     key_e, key_k, key_x, key_noise = jax.random.split(key, 4)
-    observations, shape = batch.observations, batch.actions.shape  # (B, D)
-    slow = partial(networks.slow.apply, {"params": params["slow"]}, observations)
-    fast = partial(networks.fast.apply, {"params": params["fast"]}, observations)
-    base = partial(networks.slow.apply, {"params": target_params["slow"]}, observations)
-    noise, k = jax.random.normal(key_e, shape), jax.random.randint(key_k, (shape[0], 1), 1, args.diffusion_steps + 1)
-    behaviour_loss = denoising_loss(slow, batch.actions, batch.valid, noise, k.astype(float), args.diffusion_steps)
-    x_N, noise = jax.random.normal(key_x, shape), jax.random.normal(key_noise, (args.diffusion_steps - 1, *shape))
-    xs = jax.lax.stop_gradient(sample_ancestral(fast, base, x_N, noise))  # (N+1, B, D)
-    value = lambda a: target_q(observations, jnp.clip(a, -1, 1)).mean(axis=0).sum()
-    g = -args.inv_temp * jax.grad(value)(xs[-1])  # (B, D)
-    matching_loss = adjoint_matching_loss(fast, base, xs[:-1], lean_adjoint(base, xs[:-1], g))
-    metrics = {"flow_loss": behaviour_loss, "adjoint_loss": matching_loss, "adjoint_mean": jnp.abs(g).mean()}
-    return behaviour_loss + matching_loss, metrics
+    num_steps = args.diffusion_steps
+    shape = batch.actions.shape  # (B, D)
+    eps_behavior = partial(
+        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
+    )
+    eps_policy = partial(networks.policy.apply, {"params": params["policy"]}, batch.observations)
+    fixed = {"params": target_params["behavior"]}
+    eps_base = partial(networks.behavior.apply, fixed, batch.observations)
+
+    # Behavior: to find the noise in noisy actions.
+    e = jax.random.normal(key_e, shape)
+    k = jax.random.randint(key_k, (len(e), 1), 1, num_steps + 1).astype(float)
+    behavior_loss = denoising_loss(eps_behavior, batch.actions, batch.valid, e, k, num_steps)
+
+    # A rollout of the policy, through which (6) lets no gradient go.
+    x_N = jax.random.normal(key_x, shape)
+    noise = jax.random.normal(key_noise, (num_steps - 1, *shape))
+    xs = sample_ancestral(eps_policy, eps_base, x_N, noise)  # (N+1, B, D)
+
+    # The critic's gradient at its end. In the sum over the batch, term b depends on action b alone,
+    # so the gradient of the sum holds the gradient of each sample. Outside [-1, 1] it is 0.
+    def total_value(actions):
+        return target_q(batch.observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
+
+    g = -args.inv_temp * jax.grad(total_value)(xs[-1])  # (B, D)
+
+    # Policy: adjoint matching.
+    adjoints = lean_adjoint(eps_base, xs[:-1], g)  # (N, B, D)
+    matching_loss = adjoint_matching_loss(eps_policy, eps_base, xs[:-1], adjoints)
+    metrics = {"flow_loss": behavior_loss, "adjoint_loss": matching_loss}
+    metrics["adjoint_mean"] = jnp.abs(g).mean()
+    return behavior_loss + matching_loss, metrics
 
 
-# ---------------------------------------------------------------------------------------------------------- 7. training
+# ------------------------------------------------------------------------------ state and update
+
+
 class TrainState(NamedTuple):
     params: dict  # by network
-    target_params: dict  # of those networks that have a slow copy
+    target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
+    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
 
 
-def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """One Adam for all networks; their joint gradient is clipped at `max_grad_norm` first."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))
+def make_optimizer(args):
+    """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
+    return optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm),
+        optax.adam(args.learning_rate),
+    )
 
 
-def init_state(args: Args, networks: Networks, observation_dim: int, action_dim: int, key: jax.Array) -> TrainState:
-    """Fresh parameters, each network's independent of the others'; targets start as copies; `action_dim` is A."""
-    keys = dict(zip(networks._fields, jax.random.split(key, len(networks)), strict=True))
-    s, a, t = jnp.zeros((1, observation_dim)), jnp.zeros((1, args.horizon * action_dim)), jnp.zeros((1, 1))
-    inputs = {"critic": (s, a), "slow": (s, a, t), "fast": (s, a, t)}
-    params = {name: getattr(networks, name).init(keys[name], *inputs[name])["params"] for name in inputs}
-    target_params = {name: jax.tree.map(jnp.copy, params[name]) for name in ("critic", "slow")}
-    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.zeros((), jnp.int32))
+def init_state(args, networks, observation_dim, action_dim, key):
+    """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
+    observations = jnp.zeros((1, observation_dim))
+    actions = jnp.zeros((1, args.horizon * action_dim))
+    key_critic, key_behavior, key_policy = jax.random.split(key, 3)
+    params = {
+        "critic": networks.critic.init(key_critic, observations, actions)["params"],
+        "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
+        "policy": networks.policy.init(key_policy, observations, actions, 0.0)["params"],
+    }
+    copied = {"critic": params["critic"], "behavior": params["behavior"]}
+    target_params = jax.tree.map(jnp.copy, copied)
+    opt_state = make_optimizer(args).init(params)
+    return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
 
 
-def update(args: Args, networks: Networks, state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict]:
-    """One gradient step on both losses; targets move towards the parameters of before it: (state, metrics)."""
+def update(args, networks, state, batch, key):
+    """One gradient step on the sum of all losses: (state, metrics)."""
     key_critic, key_policy = jax.random.split(key)
-    params, target_params = state.params, state.target_params
-    q, target_q = (partial(networks.critic.apply, {"params": p["critic"]}) for p in (params, target_params))  # fixed
+    target_params = state.target_params
+    q = partial(networks.critic.apply, {"params": state.params["critic"]})
+    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
 
     def total_loss(params):
-        loss_q, metrics_q = critic_loss(args, networks, params, target_params, batch, key_critic)
-        loss_pi, metrics_pi = policy_loss(args, networks, params, target_params, batch, q, target_q, key_policy)
-        return loss_q + loss_pi, metrics_q | metrics_pi
+        shared = (args, networks, params, target_params, batch)
+        loss_q, metrics_q = critic_loss(*shared, key_critic)
+        loss_pi, metrics_pi = policy_loss(*shared, q, target_q, key_policy)
+        return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
-    grads, metrics = jax.grad(total_loss, has_aux=True)(params)
-    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, params)
-    target_params = optax.incremental_update({k: params[k] for k in target_params}, target_params, args.tau)
-    metrics |= {"grad_norm": optax.tree.norm(grads), "policy_grad_norm": optax.tree.norm(grads | {"critic": 0.0})}
-    return TrainState(optax.apply_updates(params, updates), target_params, opt_state, state.step + 1), metrics
+    grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # Targets move towards the parameters from before this step.
+    before = {name: state.params[name] for name in target_params}
+    target_params = optax.incremental_update(before, target_params, args.tau)
+    return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
 
 
-def train_steps(args: Args, networks: Networks, state: TrainState, dataset: Dataset, num_steps):
-    """`num_steps` updates, for main to jit as one call: (state, metrics of the last, or of the first not finite)."""
+def train_steps(args, networks, state, dataset, num_steps):
+    """`num_steps` updates in one dispatch: (state, metrics of the last update)."""
 
     def one_update(_, carry):
-        state, before = carry
-        key_indices, key_update = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), state.step))
-        indices = jax.random.randint(key_indices, (args.batch_size,), 0, len(dataset.rewards) - args.horizon + 1)
+        state, _ = carry
+        key_indices, key_update = jax.random.split(jax.random.fold_in(state.key, state.step))
+        num_starts = len(dataset.rewards) - args.horizon + 1
+        indices = jax.random.randint(key_indices, (args.batch_size,), 0, num_starts)
         batch = gather_chunks(dataset, indices, args.horizon, args.discount)
-        state, metrics = update(args, networks, state, batch, key_update)
-        metrics |= {"step": state.step}
-        finite = jnp.isfinite(jnp.array(list(before.values()))).all()
-        return state, jax.tree.map(partial(jnp.where, finite), metrics, before or metrics)
+        return update(args, networks, state, batch, key_update)
 
-    metrics = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_update, 0, (state, {}))[1])
+    # The loop has to begin with metrics of the right shapes.
+    _, shapes = jax.eval_shape(one_update, 0, (state, None))
+    metrics = jax.tree.map(jnp.zeros_like, shapes)
     return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
 
 
-# ------------------------------------------------------------------------------------------------- 8. evaluation, files
+def over_seeds(function, num_seeds):
+    """`function(state, *rest)` for states with a leading axis of seeds, which share `rest`."""
+
+    def for_all(states, *rest):
+        if num_seeds > 1:
+            return jax.vmap(lambda state: function(state, *rest))(states)
+        # One seed alone is a fifth faster without vmap.
+        results = function(jax.tree.map(lambda x: x[0], states), *rest)
+        return jax.tree.map(lambda x: x[None], results)
+
+    return for_all
+
+
+# -------------------------------------------------------------------------- data and environment
+
+
+class Dataset(NamedTuple):
+    observations: Any  # (N, O)
+    actions: Any  # (N, A)
+    rewards: Any  # (N,)
+    masks: Any  # (N,) 0 where the task is solved: no bootstrap
+    terminals: Any  # (N,) 1 at the last transition of an episode
+    next_observations: Any  # (N, O)
+
+
+def gather_chunks(dataset, indices, horizon, discount):
+    """Chunks of `horizon` transitions from `indices` (B,) on (arXiv 2507.07969).
+
+    Where an episode ends in a chunk, rewards are summed and the next observation is taken up to
+    there. Only losses that do not use `valid` see the difference.
+    """
+    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
+    ends = dataset.terminals[steps]
+    valid = jnp.cumsum(ends, axis=1) - ends == 0  # (B, H) no episode has ended before that step
+    last = indices + valid.sum(axis=1) - 1  # (B,) last valid step
+    discounts = discount ** jnp.arange(horizon)
+    return Batch(
+        observations=dataset.observations[indices],
+        actions=dataset.actions[steps].reshape(len(indices), -1),
+        rewards=jnp.sum(discounts * dataset.rewards[steps] * valid, axis=1),
+        masks=jnp.where(valid, dataset.masks[steps], 1.0).min(axis=1),
+        valid=valid[:, -1].astype(jnp.float32),
+        next_observations=dataset.next_observations[last],
+    )
+
+
+# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
+# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
+# `info["success"]`: see docs/own_data.md.
+
+
+def parse_env_id(env_id):
+    """`env_id` -> (domain, gymnasium id, dataset name); raises ValueError for what is none."""
+    # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
+    pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
+    domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
+    name, _, _ = domain.rpartition("-")  # without the kind of data: play, navigate, ..
+    if name.startswith(("visual", "powderworld")):
+        raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
+    environment_id = f"{name}-singletask{task}-v0"
+    try:
+        gymnasium.spec(environment_id)
+    except gymnasium.error.Error as error:
+        examples = "Domains are cube-double-play, scene-play, ..; their tasks are task1 to task5"
+        raise ValueError(f"--env-id {env_id}: {error} {examples}") from error
+    return domain, environment_id, f"{domain}{size}-v0"
+
+
+def paper_values(domain):
+    """{flag: value} of a domain, by the tables above."""
+    if domain not in DOMAINS:
+        kind = "manipulation" if domain.startswith(("cube", "scene", "puzzle")) else "maze"
+        domain = f"another {kind}"
+    row = list(DOMAINS).index(domain)
+    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
+    return values | {name: column[row] for name, column in OWN.items()}
+
+
+def make_env(args):
+    """The environment: observations (O,), actions (A,) in [-1, 1]."""
+    _, environment_id, _ = parse_env_id(args.env_id)
+    env = gymnasium.make(environment_id)
+    # OGBench's property makes a new action space each time; this one can be seeded.
+    type(env.unwrapped).action_space = env.action_space
+    return env
+
+
+def find_dataset(args):
+    """The dataset's file, or its shards. Downloads or collects what is missing."""
+    domain, _, name = parse_env_id(args.env_id)
+    if args.dataset_dir:
+        return find_shards(Path(args.dataset_dir), domain, name)
+    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
+    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    for path in (official, collected):
+        if path.exists():
+            return [path]
+    if download(name, official):
+        return [official]
+    tool = "tools/collect_dataset.py"
+    for folder in Path(__file__).resolve().parents[:2]:
+        if (folder / tool).exists():
+            print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
+            subprocess.run([sys.executable, folder / tool, name, "--episodes", "100"])
+    if not collected.exists():
+        fail(f"no dataset: put {name}.npz into {official.parent}, or collect it with {tool}")
+    return [collected]
+
+
+def find_shards(folder, domain, name):
+    """NAME.npz of the folder, or all its npz files that may be shards of this domain's dataset."""
+    if (folder / f"{name}.npz").exists():
+        return [folder / f"{name}.npz"]
+    environments = tuple(id.removesuffix("singletask-v0") for id in gymnasium.registry)
+    shards = []
+    files = sorted(glob.glob("*.npz", root_dir=folder))  # no hidden files
+    for file in files:
+        foreign = file.startswith(environments) and not file.startswith(domain)
+        if not foreign and not file.endswith("-val.npz"):
+            shards.append(folder / file)
+    if not shards:
+        fail(f"--dataset-dir {folder} holds {files}: none is {name}.npz, or a shard of {domain}")
+    return shards
+
+
+def download(name, path):
+    """Fetch the official file; it takes its name only if it has arrived whole."""
+    url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
+    part = path.with_name(f".{name}.{os.getpid()}.part")
+    print(f"downloading {url}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            part.write_bytes(answer.read())
+        if zipfile.ZipFile(part).testzip():
+            raise zipfile.BadZipFile("a checksum in it is wrong")
+        os.replace(part, path)
+        return True
+    except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
+        print(f"{name}.npz can't be downloaded ({error})")
+        part.unlink(missing_ok=True)
+        return False
+
+
+def load_dataset(args, path, env):
+    """Read a file and label it with the task's rewards: numpy arrays, float32."""
+    unreadable = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+    try:
+        data = ogbench.load_dataset(str(path), add_info=True)
+        ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+    except unreadable as error:
+        cure = "A field is missing, or the file is damaged: delete it or name other data"
+        fail(f"{path} can't be read: {error!r}. {cure}")
+
+    problem = None
+    dims = (data["observations"].shape[1:], data["actions"].shape[1:])
+    if dims != (env.observation_space.shape, env.action_space.shape):
+        problem = f"its observations and actions have shapes {dims}, not the environment's"
+    elif len(data["next_observations"]) != len(data["actions"]):
+        problem = "its last row does not end an episode"
+    elif len(data["actions"]) < args.horizon:
+        problem = f"its {len(data['actions'])} transitions are fewer than --horizon"
+    elif not all(np.isfinite(array).all() for array in data.values()):
+        problem = "it holds numbers that are not finite"
+    if problem:
+        fail(f"{path} can't be used for {args.env_id}: {problem}. Name other data")
+
+    if args.sparse:
+        data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
+    # As the paper does: inside what a tanh can reach.
+    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
+    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
+
+
+def load_shard(args, paths, step, env):
+    """The shard whose turn it is at a step, on the device."""
+    order = np.random.default_rng(args.seed).permutation(len(paths))
+    turn = step // args.dataset_replace_every % len(paths)
+    return jax.device_put(load_dataset(args, paths[order[turn]], env))
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
 class ChunkedEpisode(gymnasium.Wrapper):
-    """An environment whose step executes a whole chunk, and whose episode depends on the reset's seed alone."""
+    """An environment whose step executes a chunk; `info` has the episode's scores so far."""
 
-    def __init__(self, environment_id: str, horizon: int):
-        warnings.filterwarnings("ignore")  # about missing displays and rounded bounds
-        super().__init__(gymnasium.make(environment_id))
-        self.one_action = type(self.unwrapped).action_space = self.env.action_space  # OGBench's own is unseeded
-        self.dims = self.env.observation_space.shape[0], self.one_action.shape[0]  # O, A
-        self.action_space = gymnasium.spaces.Box(-1, 1, (horizon * self.dims[1],))
+    def __init__(self, args):
+        super().__init__(make_env(args))
+        self.action_space = gymnasium.spaces.Box(
+            -1, 1, (args.horizon * self.env.action_space.shape[0],)
+        )
 
-    def reset(self, *, seed=None, options=None):
-        np.random.seed(seed)  # OGBench draws from numpy's global generator too
-        self.one_action.seed(seed)
-        self.scores, self.frames = {"success": 0.0, "return": 0.0, "length": 0}, []
-        self.video = (options or {}).get("videos", {}).get(seed)
-        return self.env.reset(seed=seed)[0], {}
+    def reset(self, *, seed, options=None):
+        # The episode depends on its seed alone: OGBench's resets draw from these two as well.
+        np.random.seed(seed)
+        self.env.action_space.seed(seed)
+        self.scores = np.zeros(3)  # success, return, length
+        return self.env.reset(seed=seed)
 
     def step(self, chunk):
-        for action in chunk.reshape(-1, self.dims[1]):
+        for action in chunk.reshape(-1, *self.env.action_space.shape):
             observation, reward, terminated, truncated, info = self.env.step(action)
-            self.scores["success"], self.scores["length"] = float(info["success"]), self.scores["length"] + 1
-            self.scores["return"] += float(reward)
-            self.frames += [self.unwrapped.render()] if self.video else []
+            self.scores[0] = info.get("success", 0.0)  # at the last step, as OGBench counts it
+            self.scores[1] += reward
+            self.scores[2] += 1
             if terminated or truncated:
                 break
-        if self.video and (terminated or truncated):
-            self.video = __import__("imageio").mimwrite(self.video, self.frames, fps=20, macro_block_size=8)
-        return observation, float(reward), terminated, truncated, self.scores
+        return observation, reward, terminated, truncated, {"scores": self.scores}
 
 
-def evaluate(args: Args, act, states: TrainState, envs: gymnasium.vector.VectorEnv, run_dir: Path, signals: list):
-    """Score act(params, observations (E, O), key, numbers (E,)) -> (E, H*A) by seed: rows of eval.csv, [] on stop."""
-    rows, step, num_envs = [], int(states.step[0]), envs.num_envs
-    for i, seed in enumerate(range(args.seed, args.seed + args.num_seeds)):
-        params = jax.tree.map(lambda x: x[i], states.params | {"target": states.target_params})  # noqa: B023
-        videos = {e: f"{run_dir}/videos/step_{step}_seed_{seed}_{e}.mp4" for e in range(args.capture_video)}
-        key, started, results = jax.random.fold_in(jax.random.key(seed), 2**32 - 2), time.time(), []  # of no update
-        episodes, chunks = np.arange(num_envs), np.zeros(num_envs, int)  # process i: i, i + E, .., a quota fixed here
-        playing = restart = np.ones(num_envs, bool)
-        while playing.any():
-            if signals:
-                return []
-            if restart.any():
-                observations, _ = envs.reset(seed=episodes.tolist(), options=dict(reset_mask=restart, videos=videos))
-            actions = np.asarray(act(params, observations, key, episodes * 2**12 + chunks))  # the same for any E
-            observations, _, terminated, truncated, scores = envs.step(actions)
-            ended = (terminated | truncated) & playing
-            results += [[scores[name][e] for name in ("success", "return", "length")] for e in np.flatnonzero(ended)]
-            episodes, chunks = episodes + num_envs * ended, (chunks + 1) * ~ended
-            playing = episodes < args.eval_episodes
-            restart = ended & playing
-        scores = dict(zip(("success_rate", "return", "length"), np.mean(results, axis=0).tolist(), strict=True))
-        scores |= {"episodes": len(results), "wall_seconds": round(time.time() - started, 1)}
-        rows.append({"step": step, "seed": seed, "phase": "offline"} | scores)
-        tqdm.write("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+def start_eval_envs(args):
+    """The processes that play the evaluation's episodes; to be called in a thread of its own."""
+    # They inherit this thread's mask: Ctrl-C in a terminal is for the main process alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return gymnasium.vector.AsyncVectorEnv(
+        [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes),
+        context="spawn",  # a forked process would hold locks of JAX's threads
+        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+    )
+
+
+def make_act(args, networks):
+    """act(params, observations (N, O), chunks (N,), key) -> chunks of actions (N, H*A).
+
+    The noise of a row depends on its number and on how many chunks its episode has executed.
+    """
+
+    def act(params, observations, chunks, key):
+        def act_alone(observation, episode, chunk):
+            noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
+            return sample_actions(args, networks, params, observation[None], noise_key)[0]
+
+        return jax.vmap(act_alone)(observations, jnp.arange(len(chunks)), chunks)
+
+    return jax.jit(act)
+
+
+def evaluate(args, act, params, envs, key):
+    """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
+
+    Choice: of E processes, process i plays episodes i, i + E, .., so that short episodes do not
+    count more. The policy always sees one row per episode, for a matrix product of another shape
+    would round in another way. So the score does not depend on E.
+    """
+    num_episodes = args.eval_episodes
+    results = np.zeros((num_episodes, 3))
+    chunks = np.zeros(num_episodes, int)  # executed so far of each episode
+    observations = np.zeros((num_episodes, *envs.single_observation_space.shape))
+    episode = np.arange(envs.num_envs)  # (E,) the one that each process plays
+    playing = episode < num_episodes
+    restart = playing
+    while playing.any() and not stop_signals:
+        if restart.any():
+            current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
+        observations[episode[playing]] = current[playing]
+        actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
+        # A process that has played all of its own plays along, and is not counted.
+        current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
+        chunks[episode[playing]] += 1
+        ended = playing & (terminated | truncated)
+        results[episode[ended]] = info["scores"][ended]
+        episode = episode + envs.num_envs * ended
+        playing = episode < num_episodes
+        restart = ended & playing
+    success, total, length = results.mean(axis=0).tolist()
+    return {"success_rate": success, "return": total, "length": length, "episodes": num_episodes}
+
+
+def evaluate_seeds(args, act, envs, run_dir, states, step):
+    """A row of eval.csv for each seed. `envs` is the future of start_eval_envs."""
+    rows = []
+    try:
+        for i in range(args.num_seeds):
+            started = time.perf_counter()
+            state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
+            params = {**state.params, "target": state.target_params}
+            key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
+            scores = evaluate(args, act, params, envs.result(), key)
+            seconds = round(time.perf_counter() - started, 1)
+            row = {"step": step, "seed": args.seed + i, "phase": "offline", **scores}
+            rows.append({**row, "wall_seconds": seconds})
+    except (EOFError, ConnectionError):
+        time.sleep(1)  # a batch system stops all processes at once: its signal may be on the way
+        if not stop_signals:
+            fail(
+                "an evaluation process has died, perhaps for want of memory (see --eval-envs);"
+                f" the checkpoint is saved; {how_to_resume(run_dir)}",
+                status=1,
+            )
     return rows
 
 
-def write_whole(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file so that it is there whole or not at all; the one before becomes `previous`, if named."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(f"{path}.tmp", path)
+# ------------------------------------------------------------------------------------ run folder
+
+stop_signals = []  # numbers of the signals that asked the run to stop
+
+# What a resumed run may change: the state after n updates does not depend on it.
+MAY_CHANGE = (
+    "offline_steps",
+    "eval_every",
+    "eval_episodes",
+    "eval_envs",
+    "log_every",
+    "checkpoint_every",
+    "dataset_dir",
+    "run_dir",
+    "resume",
+    "track",
+    "wandb_project",
+)
+
+# JAX's settings that change results: kept in args.json, and the same when a run is resumed.
+JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
 
 
-def save_checkpoint(run_dir: Path, states: TrainState, log: dict) -> None:
-    """checkpoint.msgpack: 32 bytes of SHA-256, then the states and, as JSON, the rows of the CSV files."""
-    states = flax.serialization.to_state_dict(jax.device_get(states))
-    content = flax.serialization.msgpack_serialize({"states": states, "log": json.dumps(log)})
-    content = hashlib.sha256(content).digest() + content
-    write_whole(run_dir / "checkpoint.msgpack", content, run_dir / "checkpoint.previous.msgpack")
+def fail(message, status=2):
+    """Print one sentence and exit: status 2 for what the user can put right, else 1."""
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
-def load_checkpoint(run_dir: str | Path) -> dict:
-    """{"states": nested dicts of arrays, leading axis the seeds, "log": JSON}; exits with 2 if no file is whole."""
-    for path in (Path(run_dir) / "checkpoint.msgpack", Path(run_dir) / "checkpoint.previous.msgpack"):
-        content = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return flax.serialization.msgpack_restore(content[32:])
-        print(f"{path} is {'damaged' if content else 'not there'}", file=sys.stderr)
-    fail(f"{run_dir} holds no whole checkpoint; start the run anew")
+def how_to_resume(run_dir):
+    return "to go on: " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
 
 
-# -------------------------------------------------------------------------------------------------------------- 9. main
-def main(args: Args) -> list[dict] | None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts there is nothing to save
-    (args, saved), signals = resolve_args(args), []
-    seeds, devices = np.arange(args.seed, args.seed + args.num_seeds), jax.local_devices()[: args.num_seeds]
-    if args.num_seeds % len(devices):
-        fail(f"--num-seeds {args.num_seeds} can't be shared evenly by the {len(devices)} accelerators of this machine")
-    by_seed, everywhere = (NamedSharding(Mesh(devices, "seed"), PartitionSpec(axis)) for axis in ("seed", None))
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.resume or args.eval_only or Path(args.run_dir) / name)
-    if args.capture_video:
-        os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
-        find_spec("imageio_ffmpeg") or fail('--capture-video needs an encoder: pip install "imageio[ffmpeg]"')
-    make_env = partial(ChunkedEpisode, split_env_id(args.env_id)[1], args.horizon)
-    env = make_env()
-    networks = make_networks(args, *env.dims)
-    states = jax.jit(jax.vmap(lambda seed: init_state(args, networks, *env.dims, jax.random.key(~seed))))(seeds)
-    one_seed = lambda seed, *rest: train_steps(dataclasses.replace(args, seed=seed), networks, *rest)
-    alone = lambda seeds, states, *rest: jax.lax.map(lambda x: one_seed(*x, *rest), (seeds, states))  # faster than vmap
-    act = lambda params, s, key, n: sample_actions(args, networks, params, s[None], jax.random.fold_in(key, n))[0]
-    act, log = jax.jit(jax.vmap(act, (None, 0, None, 0))), {"metrics.csv": [], "eval.csv": []}  # log: their rows
-    if saved:
-        checkpoint = load_checkpoint(run_dir)
-        states, log = flax.serialization.from_state_dict(states, checkpoint["states"]), json.loads(checkpoint["log"])
-    states, step = jax.device_put(states, by_seed), int(states.step[0])
-    if not args.eval_only:
-        paths = find_dataset(args)
-        order, every = np.random.default_rng(args.seed).permutation(len(paths)), args.dataset_replace_every
-        shard = lambda step: load_dataset(args, paths[order[step // every % len(paths)]], env)
-        dataset = jax.device_put(shard(step), everywhere)
-        hashes = [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]
-        if saved and hashes != saved["data"]["sha256"]:
-            fail(f"{paths[0]} is not the run's data, {saved['data']['path'][0]}; name its folder with --dataset-dir")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the environment processes: Ctrl-C is for this one alone
-    spawn = dict(context="spawn", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)  # fork copies held locks
-    envs = gymnasium.vector.AsyncVectorEnv([make_env] * min(args.eval_envs, args.eval_episodes), **spawn)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    if args.eval_only:
-        return evaluate(args, act, states, envs, run_dir, signals) or sys.exit(128 + signals[0])
-    record = vars(args) | {"script": Path(__file__).stem, "observation_dim": env.dims[0], "action_dim": env.dims[1]}
-    paper = PAPER_SETTINGS.get(split_env_id(args.env_id)[0], {}).get("dataset", "official")
-    data = {"path": list(map(str, paths)), "sha256": hashes, "transitions": len(dataset.rewards), "of_paper": paper}
-    versions = {name: version(name) for name in ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")}
-    record |= {"data": data, "device": devices[0].device_kind, "versions": versions}
-    print(", ".join(f"{key} {value}" for key, value in record.items()))
+def write_file(path, content):
+    """Write a file so that it is there whole or not at all, whenever the process dies."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        (run_dir / "videos").mkdir(parents=True, exist_ok=bool(saved))
-        write_whole(run_dir / "args.json", json.dumps(record, indent=1).encode())
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        saved = f"what was saved before is whole; {how_to_resume(path.parent)}"
+        fail(f"writing to {path} failed ({error}); {saved}", status=1)
+
+
+def save_checkpoint(run_dir, states):
+    """checkpoint.msgpack: 32 bytes of SHA-256, then all that is needed to go on."""
+    states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+    content = flax.serialization.to_bytes({"states": states})
+    write_file(run_dir / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
+
+
+def load_checkpoint(run_dir):
+    """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
+    path = Path(run_dir) / "checkpoint.msgpack"
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        fail(f"{path} is {'damaged' if content else 'not there yet'}: start the run anew")
+    return flax.serialization.msgpack_restore(content[32:])
+
+
+def restore(states, checkpoint):
+    """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
+    states = flax.serialization.from_state_dict(states, checkpoint["states"])
+    return states._replace(key=jax.random.wrap_key_data(states.key))
+
+
+class RunLog:
+    """metrics.csv and eval.csv, lines on the screen and, with --track, Weights & Biases."""
+
+    def __init__(self, args, run_dir, step):
+        self.run_dir = run_dir
+        self.rows = {"metrics": [], "eval": []}
+        for name in self.rows:
+            path = run_dir / f"{name}.csv"
+            if path.exists():
+                rows = csv.DictReader(path.open())
+                # What a killed run wrote after its last checkpoint will come again.
+                self.rows[name] = [row for row in rows if int(row["step"]) <= step]
+        self.tracker = None
         if args.track:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
-            wandb.init(project=args.wandb_project, name=run_dir.name, dir=str(run_dir), config=record, mode=mode)
+            # The same id makes one curve of a run, however often it is resumed.
+            self.tracker = wandb.init(
+                project=args.wandb_project,
+                id=run_dir.name,
+                resume="allow",
+                dir=run_dir,
+                config=vars(args),
+            )
 
-        def add_rows(file, rows):
-            log[file] += rows
-            lines = [",".join(map(str, row)) for row in [rows[0], *(row.values() for row in log[file])]]
-            write_whole(run_dir / file, "\n".join([*lines, ""]).encode())
-            for row in rows if args.track else []:
-                wandb.log({f"{file[:-4]}/{key}/{row['seed']}": value for key, value in row.items()}, step=row["step"])
+    def append(self, name, rows):
+        """Add new rows to a file, which is written whole: a full disk leaves no half a row."""
+        self.rows[name] += rows
+        for row in rows:
+            tqdm.write("  ".join(f"{key} {value}" for key, value in row.items()))
+            if self.tracker:
+                curves = {f"{name}/{key}/{row['seed']}": value for key, value in row.items()}
+                self.tracker.log(curves, step=row["step"])
+        text = io.StringIO()
+        # The columns are those of the last row.
+        writer = csv.DictWriter(text, self.rows[name][-1], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows[name])
+        write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
 
-        train = jax.jit(jax.vmap(one_seed, (0, 0, None, None)) if args.num_seeds > 1 else alone, donate_argnums=1)
-        states, _ = train(seeds, states, dataset, 0)  # compiles
-        intervals = [args.log_every, args.eval_every, args.checkpoint_every] + [every] * (len(paths) > 1)
-        loader, dispatch, logged, busy, left = ThreadPoolExecutor(1), 1, step, 0.0, None
-        upcoming = loader.submit(shard, step + every) if len(paths) > 1 else None
-        bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", dynamic_ncols=True)
-        while True:
-            done, scored = step >= args.offline_steps, log["eval.csv"][-1]["step"] if log["eval.csv"] else 0
-            due = step > scored and (done or step % args.eval_every == 0)
-            if signals or done or due or (step > 0 and step % args.checkpoint_every == 0):
-                save_checkpoint(run_dir, states, log)
-            if due and (rows := evaluate(args, act, states, envs, run_dir, signals)):
-                add_rows("eval.csv", rows)
-                rates = [row["success_rate"] for row in rows]
-                bar.set_description(f"success {np.mean(rates):.2f} ± {np.std(rates):.2f}")
-            if signals or done:
-                break
-            started = time.time()
-            num_steps = min(dispatch, args.offline_steps - step, *(n - step % n for n in intervals))
-            states, metrics = train(seeds, states, dataset, num_steps)
-            metrics = jax.device_get(metrics)  # waits for the device
-            step, seconds, last = step + num_steps, time.time() - started, metrics.pop("step").min()
-            if bad := sorted((n for n in metrics if not np.isfinite(metrics[n]).all()), key=lambda n: "loss" not in n):
-                fail(f"{bad[0]} is not finite at step {last}; {run_dir} keeps the checkpoint from before, if any", 1)
-            busy, dispatch = busy + seconds, max(1, int(1.5 * num_steps / seconds))  # Choice: 1.5 s, a prompt Ctrl-C
-            if left is None and busy > 1:
-                left = (args.offline_steps - step) * seconds / num_steps / 3600
-                tqdm.write(f"about {left:.2g} hours on this {record['device']}; see README for sizes that fit")
-            bar.update(num_steps)
-            bar.set_postfix({name: f"{m.mean():.3g}" for name, m in metrics.items() if "loss" in name})
-            if step % args.log_every == 0:
-                metrics["updates_per_second"] = np.full(args.num_seeds, round((step - logged) / busy, 2))
-                values = [{name: float(m[i]) for name, m in metrics.items()} for i in range(args.num_seeds)]
-                add_rows("metrics.csv", [{"step": step, "seed": args.seed + i} | row for i, row in enumerate(values)])
-                logged, busy = step, 0.0
-            if upcoming and step % every == 0:
-                dataset = None  # two shards in memory, never three
-                dataset, upcoming = jax.device_put(upcoming.result(), everywhere), loader.submit(shard, step + every)
-        bar.close(), envs.close(terminate=True)  # also when the signal has reached its processes
+    def evaluation_is_due(self, step, every, last):
+        """At every multiple and at the end, unless its row is there already."""
+        scored = {int(row["step"]) for row in self.rows["eval"]}
+        return step > 0 and (step % every == 0 or step == last) and step not in scored
+
+
+def read_run(run_dir):
+    """A run's args.json, and its Args."""
+    try:
+        record = json.loads((Path(run_dir) / "args.json").read_text())
+        values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
+        values["hidden_dims"] = tuple(values["hidden_dims"])
+        saved = Args(**values)
+        if Path(record["script"]).name != Path(__file__).name:
+            raise ValueError("that is a run of another script")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{run_dir} is no run of {Path(__file__).name}: see its args.json ({error!r})")
+    return record, saved
+
+
+def parse_args():
+    """The command line; with --resume, flags that are not given keep the values of the run."""
+    args = tyro.cli(Args)
+    if not args.resume:
+        return args
+    _, saved = read_run(args.resume)
+    args = tyro.cli(Args, default=saved)
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            fail(f"{args.resume} was started with another {name}, {value}: leave that flag out")
+    return args
+
+
+def describe_run(args, paths, dataset):
+    """What args.json holds."""
+    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
+    if args.env_id.startswith(PAPER_USED_100M):
+        words += "; the paper used 100M transitions"
+    return {
+        **vars(args),
+        "script": os.path.abspath(__file__),
+        "data": {
+            "words": words,
+            "path": [str(path) for path in paths],
+            "bytes": [path.stat().st_size for path in paths],
+            "transitions": len(dataset.rewards),
+        },
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "flax", "optax", "ogbench", "mujoco")},
+        "jax_settings": {name: getattr(jax.config, name) for name in JAX_SETTINGS},
+    }
+
+
+def check_same_run(record, before):
+    """A resumed run goes on with the same data and JAX settings; devices may round otherwise."""
+    if record["jax_settings"] != before["jax_settings"]:
+        fail(f"the run was started with {before['jax_settings']}: set that again to go on with it")
+    if record["data"]["bytes"] != before["data"]["bytes"]:
+        data = f"{before['data']['path'][0]} ({before['data']['words']})"
+        fail(f"the run's data is {data}, not {record['data']['path'][0]}: see --dataset-dir")
+
+
+def open_run_folder(args):
+    """The run's folder, made or found, and locked."""
+    now = datetime.datetime.now()
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{now:%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.resume or Path(args.run_dir) / name)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+        # The operating system takes the lock back when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is in use: another process trains there")
     except OSError as error:
-        fail(f"writing to {run_dir} failed ({error}); what was saved there before is whole. See --run-dir and --resume")
-    if signals:
-        print(f"stopped at step {step} and saved; to go on: python {sys.argv[0]} --resume {run_dir}")
-        sys.exit(128 + signals[0])
+        fail(f"{run_dir} can't be made ({error}); name another place with --run-dir")
+    return run_dir
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def handle_signals(handler):
+    """Ctrl-C, batch systems' signals, and a closed terminal unless the run was started by nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def request_stop(number, _):
+    os.write(2, b"\nstopping: saving first\n")
+    stop_signals.append(number)
+
+
+def check_finite(metrics, step, run_dir):
+    for name, values in metrics.items():
+        if not np.isfinite(values).all():
+            fail(f"{name} is not finite at step {step}; {run_dir} keeps what was saved", status=1)
+
+
+def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log):
+    """The offline phase: the states at its end, or where a stop was asked for; saved."""
+    train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
+    train = jax.jit(train, donate_argnums=0)
+    print("compiling the update")
+    states, _ = train(states, dataset, 0)  # no update
+    handle_signals(request_stop)
+
+    step = int(states.step[0])
+    marks = (args.log_every, args.eval_every, args.checkpoint_every, args.dataset_replace_every)
+    updates_per_second = 0.0
+    logged_step = step
+    busy_seconds = 0.0
+    bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
+    while not stop_signals:
+        if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
+            save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
+            score(evaluate_at, states, step, log, bar)
+            continue
+        if step >= args.offline_steps:
+            break
+
+        # Choice: about a second of updates, so that a stop is prompt, but not past the next event.
+        to_events = [mark - step % mark for mark in marks]
+        num_updates = min(int(updates_per_second) + 1, args.offline_steps - step, *to_events)
+        started = time.perf_counter()
+        states, metrics = train(states, dataset, num_updates)
+        metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
+        seconds = max(time.perf_counter() - started, 1e-3)  # a clock may be coarse
+        step += num_updates
+        check_finite(metrics, step, log.run_dir)
+        updates_per_second = num_updates / seconds
+        busy_seconds += seconds
+        bar.update(num_updates)
+
+        if step % args.log_every == 0:
+            speed = (step - logged_step) / busy_seconds
+            log_metrics(args, log, metrics, step, args.offline_steps - step, speed)
+            logged_step = step
+            busy_seconds = 0.0
+        if step % args.checkpoint_every == 0:
+            save_checkpoint(log.run_dir, states)
+        if step % args.dataset_replace_every == 0 and len(paths) > 1:
+            dataset = None  # one shard on the device at a time
+            try:
+                dataset = load_shard(args, paths, step, env)
+            except SystemExit:  # it can't be used: nothing is lost, and another may be named
+                save_checkpoint(log.run_dir, states)
+                raise
+    bar.close()
+    save_checkpoint(log.run_dir, states)
+    return states
+
+
+def score(evaluate_at, states, step, log, bar):
+    """Evaluate now; what a stop leaves unfinished is not kept."""
+    rows = evaluate_at(states, step)
+    if not stop_signals:
+        log.append("eval", rows)
+        bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+
+
+def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
+    """A row of metrics.csv for each seed, and the time to go where it is long."""
+    rows = []
+    for i in range(args.num_seeds):
+        row = {"step": step, "seed": args.seed + i}
+        row |= {name: value[i] for name, value in metrics.items()}
+        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
+    log.append("metrics", rows)
+    seconds = round(updates_left / updates_per_second)
+    if seconds > 3600:
+        tqdm.write(f"{datetime.timedelta(seconds=seconds)} to go")
+
+
+def main(args):
+    # Lines appear at once in a file, too; a console may not know every letter of a path.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
+    if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
+        laptop = "--hidden-dims 128 128 128 --num-critics 2 --offline-steps 10000"
+        print("This size takes days without a GPU. For a laptop:")
+        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
+
+    env = make_env(args)
+    dims = (env.observation_space.shape[0], env.action_space.shape[0])
+    networks = make_networks(args, *dims)
+    keys = jax.vmap(jax.random.key)(np.arange(args.seed, args.seed + args.num_seeds))
+    states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
+    if args.resume:
+        states = restore(states, load_checkpoint(args.resume))
+    paths = find_dataset(args)
+    step = int(states.step[0])
+    dataset = load_shard(args, paths, step, env)
+
+    record = describe_run(args, paths, dataset)
+    if args.resume:
+        before, _ = read_run(args.resume)
+        check_same_run(record, before)
+    run_dir = open_run_folder(args)
+    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
+    for name, value in record.items():
+        print(f"{name:22} {value}")
+    print(f"run folder: {run_dir}")
+
+    envs = ThreadPoolExecutor(1).submit(start_eval_envs, args)  # while the update compiles
+    evaluate_at = partial(evaluate_seeds, args, make_act(args, networks), envs, run_dir)
+    log = RunLog(args, run_dir, step)
+    states = train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
+    if stop_signals:
+        print(f"stopped and saved; {how_to_resume(run_dir)}")
+        sys.exit(128 + stop_signals[0])
+    folder = shlex.quote(str(run_dir))
+    print(f"finished: {folder}")
+    print(f"score, draw: python tools/evaluate.py {folder}; python tools/plot_runs.py {folder}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args())

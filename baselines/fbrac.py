@@ -27,8 +27,7 @@ it. R: its discounted reward. (1) and (2) leave out chunks that run over the end
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 
-Differs from qam_offline.py: OWN, Args, Networks, make_networks, policy_actions, policy_loss,
-init_state.
+Differs from qam_offline.py: OWN, Args, Networks, make_networks, policy_loss, init_state.
 """
 
 import csv
@@ -43,7 +42,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -100,16 +98,6 @@ def available_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def paper_values(domain):
-    """{flag: value} of a domain, by the tables above."""
-    if domain not in DOMAINS:
-        kind = "manipulation" if domain.startswith(("cube", "scene", "puzzle")) else "maze"
-        domain = f"another {kind}"
-    row = list(DOMAINS).index(domain)
-    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
-    return values | {name: column[row] for name, column in OWN.items()}
 
 
 @dataclasses.dataclass
@@ -281,7 +269,7 @@ def sample_actions(args, networks, params, observations, key):
         return actions[0]
     q = networks.critic.apply({"params": params["critic"]}, observations, actions)  # (K, n, B)
     best = q.mean(axis=0).argmax(axis=0)  # (B,)
-    return jnp.take_along_axis(actions, best[None, :, None], axis=0)[0]
+    return actions[best, jnp.arange(len(best))]
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -306,16 +294,17 @@ def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
     acting = {**params, "target": target_params}  # some methods act by target copies
+    # a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
-    target_critic = {"params": target_params["critic"]}
-    next_q = networks.critic.apply(target_critic, batch.next_observations, next_actions)  # (K, B)
+    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
+    next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
     # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
     # by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
-    return loss, {"critic_loss": loss, "q_mean": q.mean(), "q_std": q.std(axis=0).mean()}
+    return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
 
 def flow_matching_loss(velocity, actions, valid, x0, t):
@@ -369,14 +358,13 @@ def init_state(args, networks, observation_dim, action_dim, key):
     """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
     observations = jnp.zeros((1, observation_dim))
     actions = jnp.zeros((1, args.horizon * action_dim))
-    t = jnp.zeros((1, 1))
     key_critic, key_policy = jax.random.split(key)
     params = {
         "critic": networks.critic.init(key_critic, observations, actions)["params"],
-        "policy": networks.policy.init(key_policy, observations, actions, t)["params"],
+        "policy": networks.policy.init(key_policy, observations, actions, 0.0)["params"],
     }
-    target_params = {"critic": params["critic"]}
-    target_params = jax.tree.map(jnp.copy, target_params)
+    copied = {"critic": params["critic"]}
+    target_params = jax.tree.map(jnp.copy, copied)
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
 
@@ -454,16 +442,15 @@ def gather_chunks(dataset, indices, horizon, discount):
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
-    ends_before = jnp.cumsum(ends, axis=1) - ends  # episodes that have ended before each step
-    valid = (ends_before == 0).astype(jnp.float32)  # (B, H)
+    valid = jnp.cumsum(ends, axis=1) - ends == 0  # (B, H) no episode has ended before that step
+    last = indices + valid.sum(axis=1) - 1  # (B,) last valid step
     discounts = discount ** jnp.arange(horizon)
-    last = indices + jnp.sum(valid, axis=1).astype(indices.dtype) - 1  # (B,) last valid step
     return Batch(
         observations=dataset.observations[indices],
         actions=dataset.actions[steps].reshape(len(indices), -1),
         rewards=jnp.sum(discounts * dataset.rewards[steps] * valid, axis=1),
-        masks=jnp.min(jnp.where(valid == 1, dataset.masks[steps], 1.0), axis=1),
-        valid=valid[:, -1],
+        masks=jnp.where(valid, dataset.masks[steps], 1.0).min(axis=1),
+        valid=valid[:, -1].astype(jnp.float32),
         next_observations=dataset.next_observations[last],
     )
 
@@ -476,8 +463,8 @@ def gather_chunks(dataset, indices, horizon, discount):
 def parse_env_id(env_id):
     """`env_id` -> (domain, gymnasium id, dataset name); raises ValueError for what is none."""
     # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
-    pattern = r"(.*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
-    domain, size, _, task, _ = re.fullmatch(pattern, env_id, re.DOTALL).groups("")
+    pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
+    domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
     name, _, _ = domain.rpartition("-")  # without the kind of data: play, navigate, ..
     if name.startswith(("visual", "powderworld")):
         raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
@@ -488,6 +475,16 @@ def parse_env_id(env_id):
         examples = "Domains are cube-double-play, scene-play, ..; their tasks are task1 to task5"
         raise ValueError(f"--env-id {env_id}: {error} {examples}") from error
     return domain, environment_id, f"{domain}{size}-v0"
+
+
+def paper_values(domain):
+    """{flag: value} of a domain, by the tables above."""
+    if domain not in DOMAINS:
+        kind = "manipulation" if domain.startswith(("cube", "scene", "puzzle")) else "maze"
+        domain = f"another {kind}"
+    row = list(DOMAINS).index(domain)
+    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
+    return values | {name: column[row] for name, column in OWN.items()}
 
 
 def make_env(args):
@@ -511,7 +508,7 @@ def find_dataset(args):
             return [path]
     if download(name, official):
         return [official]
-    tool = Path("tools/collect_dataset.py")
+    tool = "tools/collect_dataset.py"
     for folder in Path(__file__).resolve().parents[:2]:
         if (folder / tool).exists():
             print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
@@ -544,8 +541,8 @@ def download(name, path):
     print(f"downloading {url}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as file:
-            shutil.copyfileobj(answer, file)
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            part.write_bytes(answer.read())
         if zipfile.ZipFile(part).testzip():
             raise zipfile.BadZipFile("a checksum in it is wrong")
         os.replace(part, path)
@@ -692,13 +689,16 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
             key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
             scores = evaluate(args, act, params, envs.result(), key)
             seconds = round(time.perf_counter() - started, 1)
-            row = {"step": step, "seed": args.seed + i, "phase": "offline"}
-            rows.append({**row, **scores, "wall_seconds": seconds})
+            row = {"step": step, "seed": args.seed + i, "phase": "offline", **scores}
+            rows.append({**row, "wall_seconds": seconds})
     except (EOFError, ConnectionError):
         time.sleep(1)  # a batch system stops all processes at once: its signal may be on the way
         if not stop_signals:
-            died = "an evaluation process has died, perhaps for want of memory (see --eval-envs)"
-            fail(f"{died}; the checkpoint is saved; {how_to_resume(run_dir)}", status=1)
+            fail(
+                "an evaluation process has died, perhaps for want of memory (see --eval-envs);"
+                f" the checkpoint is saved; {how_to_resume(run_dir)}",
+                status=1,
+            )
     return rows
 
 
@@ -727,7 +727,7 @@ JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_p
 
 def fail(message, status=2):
     """Print one sentence and exit: status 2 for what the user can put right, else 1."""
-    tqdm.write("error: " + message.replace("\n", " "), file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -749,9 +749,8 @@ def write_file(path, content):
 
 def save_checkpoint(run_dir, states):
     """checkpoint.msgpack: 32 bytes of SHA-256, then all that is needed to go on."""
-    states = states._replace(key=jax.random.key_data(states.key))
-    states = flax.serialization.to_state_dict(jax.device_get(states))
-    content = flax.serialization.msgpack_serialize({"states": states})
+    states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+    content = flax.serialization.to_bytes({"states": states})
     write_file(run_dir / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
 
 
@@ -766,7 +765,6 @@ def load_checkpoint(run_dir):
 
 def restore(states, checkpoint):
     """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
-    states = states._replace(key=jax.random.key_data(states.key))
     states = flax.serialization.from_state_dict(states, checkpoint["states"])
     return states._replace(key=jax.random.wrap_key_data(states.key))
 
@@ -805,6 +803,7 @@ class RunLog:
                 curves = {f"{name}/{key}/{row['seed']}": value for key, value in row.items()}
                 self.tracker.log(curves, step=row["step"])
         text = io.StringIO()
+        # The columns are those of the last row.
         writer = csv.DictWriter(text, self.rows[name][-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows[name])
@@ -845,18 +844,19 @@ def parse_args():
 
 def describe_run(args, paths, dataset):
     """What args.json holds."""
-    domain, _, _ = parse_env_id(args.env_id)
     source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
     words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
-    if domain in PAPER_USED_100M:
+    if args.env_id.startswith(PAPER_USED_100M):
         words += "; the paper used 100M transitions"
-    data = {"words": words, "transitions": len(dataset.rewards)}
-    data["path"] = [str(path) for path in paths]
-    data["bytes"] = [path.stat().st_size for path in paths]
     return {
         **vars(args),
         "script": os.path.abspath(__file__),
-        "data": data,
+        "data": {
+            "words": words,
+            "path": [str(path) for path in paths],
+            "bytes": [path.stat().st_size for path in paths],
+            "transitions": len(dataset.rewards),
+        },
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "ogbench", "mujoco")},
         "jax_settings": {name: getattr(jax.config, name) for name in JAX_SETTINGS},
@@ -907,8 +907,7 @@ def request_stop(number, _):
 def check_finite(metrics, step, run_dir):
     for name, values in metrics.items():
         if not np.isfinite(values).all():
-            kept = f"{run_dir} keeps the checkpoint from before, if there was one"
-            fail(f"{name} is not finite at step {step}; {kept}", status=1)
+            fail(f"{name} is not finite at step {step}; {run_dir} keeps what was saved", status=1)
 
 
 def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log):
@@ -921,7 +920,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
 
     step = int(states.step[0])
     marks = (args.log_every, args.eval_every, args.checkpoint_every, args.dataset_replace_every)
-    updates_per_second = 1.0
+    updates_per_second = 0.0
     logged_step = step
     busy_seconds = 0.0
     bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
@@ -935,7 +934,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
 
         # Choice: about a second of updates, so that a stop is prompt, but not past the next event.
         to_events = [mark - step % mark for mark in marks]
-        num_updates = min(max(1, int(updates_per_second)), args.offline_steps - step, *to_events)
+        num_updates = min(int(updates_per_second) + 1, args.offline_steps - step, *to_events)
         started = time.perf_counter()
         states, metrics = train(states, dataset, num_updates)
         metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
@@ -978,12 +977,12 @@ def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
     rows = []
     for i in range(args.num_seeds):
         row = {"step": step, "seed": args.seed + i}
-        row |= {name: float(value[i]) for name, value in metrics.items()}
+        row |= {name: value[i] for name, value in metrics.items()}
         rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
     log.append("metrics", rows)
-    hours = updates_left / updates_per_second / 3600
-    if hours > 1:
-        tqdm.write(f"{datetime.timedelta(hours=round(hours))} to go")
+    seconds = round(updates_left / updates_per_second)
+    if seconds > 3600:
+        tqdm.write(f"{datetime.timedelta(seconds=seconds)} to go")
 
 
 def main(args):
@@ -991,7 +990,9 @@ def main(args):
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
-        print("This size is for a GPU: without one it takes days. For a laptop's, see --help.")
+        laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
+        print("This size takes days without a GPU. For a laptop:")
+        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
 
     env = make_env(args)
     dims = (env.observation_space.shape[0], env.action_space.shape[0])
@@ -1021,9 +1022,9 @@ def main(args):
     if stop_signals:
         print(f"stopped and saved; {how_to_resume(run_dir)}")
         sys.exit(128 + stop_signals[0])
-    envs.result().close(terminate=True)
     folder = shlex.quote(str(run_dir))
-    print(f"finished: {folder}; score and draw it: tools/evaluate.py, tools/plot_runs.py")
+    print(f"finished: {folder}")
+    print(f"score, draw: python tools/evaluate.py {folder}; python tools/plot_runs.py {folder}")
 
 
 if __name__ == "__main__":
