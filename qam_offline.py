@@ -29,8 +29,13 @@ imitates the data, "policy" is behavior moved to where Q is high.
 Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
 chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
 out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
-rollout. As h -> 0 its optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z, behavior
-"tilted" by Q; docs/derivation.md says how near T = 10 comes.
+rollout. As h -> 0 its optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z;
+docs/derivation.md says how near T = 10 comes.
+
+With the noise of (4) x_T does not remember x_0; else that optimum would have another factor. On the
+path of (2) this takes sigma^2 = 2 (1 - t) / t (the paper adds h), and then drift = 2 v - x / t. For
+another path, x_t = beta x_0 + alpha a, change (2), the drift to 2 v - alpha' / alpha x, and sigma^2
+to 2 beta (alpha' / alpha beta - beta'): arXiv 2409.08861.
 
 "Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
 used here is there for them.
@@ -76,7 +81,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
-# The settings of all methods (a test keeps them the same), and below those of this one.
+# The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
@@ -93,10 +98,8 @@ DOMAINS = {  # Choice: the last two rows, for domains that the paper does not ha
     "another maze": (1, 0.99, 0.5, False),
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
-
 # Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0}
 
@@ -210,7 +213,11 @@ class VelocityField(nn.Module):
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
+
+    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
+    sample_actions reads O + D off its first layer, Dense_0.
+    """
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -225,7 +232,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -260,20 +267,12 @@ def sample_ode(velocity, x0, num_steps):
 
 
 def drift(velocity, x, t, u):
-    """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D).
-
-    It is v + sigma^2 / 2 score, with the score (t v - x) / (1 - t) and sigma^2 = 2 (1 - t) / t: the
-    noise level that goes with the path of (2). u is t, kept away from 0.
-    """
+    """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D)."""
     return 2 * velocity(x, t) - x / u
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i: sqrt(2 (1 - t) / t), with h added below against t = 0, and above.
-
-    With this much noise x_T does not remember x_0. Only then is the optimum of (6) the tilted
-    behavior, without a factor that depends on where a path began.
-    """
+    """sigma_i of (4) at t = t_i. It must not be 0, for (6) divides by it."""
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
 
 
@@ -388,8 +387,7 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
     """Equation (6): x_0 .. x_{T-1}, g_0 .. g_{T-1} (T, B, D) -> scalar.
 
     Gradients reach `velocity` alone. As in the paper, term i is matched to the adjoint of x_i,
-    where step i begins, and not to that of x_{i+1}, which it produces; as h -> 0 they agree
-    (docs/derivation.md). `valid` is not needed: only observations are used, and all are good.
+    where step i begins, and not to that of x_{i+1}, where it ends; as h -> 0 they agree.
     """
     h = 1 / len(xs)
     xs, adjoints = jax.lax.stop_gradient((xs, adjoints))
@@ -407,13 +405,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     q and target_q map (s, a) to (K, B) and are held constant; QAM uses target_q alone.
     """
     key_x0, key_t, key_sde, key_noise = jax.random.split(key, 4)
+    observations = batch.observations
     shape = batch.actions.shape  # (B, D)
-    v_behavior = partial(
-        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
-    )
-    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, batch.observations)
-    fixed = {"params": target_params["behavior"]}
-    v_base = partial(networks.behavior.apply, fixed, batch.observations)
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
+    v_base = partial(networks.behavior.apply, {"params": target_params["behavior"]}, observations)
 
     # Behavior: flow matching.
     x0 = jax.random.normal(key_x0, shape)
@@ -428,7 +424,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     # The critic's gradient at its end. In the sum over the batch, term b depends on action b alone,
     # so the gradient of the sum holds the gradient of each sample. Outside [-1, 1] it is 0.
     def total_value(actions):
-        return target_q(batch.observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
+        return target_q(observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
     g = -args.inv_temp * jax.grad(total_value)(xs[-1])  # (B, D)
 
@@ -534,7 +530,7 @@ def over_seeds(function, num_seeds):
 class Dataset(NamedTuple):
     observations: Any  # (N, O)
     actions: Any  # (N, A)
-    rewards: Any  # (N,)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
     masks: Any  # (N,) 0 where the task is solved: no bootstrap
     terminals: Any  # (N,) 1 at the last transition of an episode
     next_observations: Any  # (N, O)

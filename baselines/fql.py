@@ -72,7 +72,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
-# The settings of all methods (a test keeps them the same), and below those of this one.
+# The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
@@ -89,10 +89,8 @@ DOMAINS = {  # Choice: the last two rows, for domains that the paper does not ha
     "another maze": (1, 0.99, 0.5, False),
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"alpha": [300.0, 30.0, 100.0, 300.0, 300.0, 1.0, 3.0, 3.0, 30.0, 30.0, 30.0, 30.0]}
-
 # Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0}
 
@@ -206,7 +204,11 @@ class VelocityField(nn.Module):
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
+
+    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
+    sample_actions reads O + D off its first layer, Dense_0.
+    """
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -221,7 +223,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -326,10 +328,9 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     q and target_q map (s, a) to (K, B) and are held constant; FQL uses q alone.
     """
     key_x0, key_t, key_z = jax.random.split(key, 3)
+    observations = batch.observations
     shape = batch.actions.shape  # (B, D)
-    v_behavior = partial(
-        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
-    )
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
 
     # Behavior: flow matching.
     x0 = jax.random.normal(key_x0, shape)
@@ -339,12 +340,12 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     # Distillation: from the same noise, in one step, to where the flow arrives.
     z = jax.random.normal(key_z, shape)
     flow_actions = jnp.clip(sample_ode(v_behavior, z, args.flow_steps), -1, 1)  # (B, D)
-    inputs = jnp.concatenate([batch.observations, z], axis=-1)
+    inputs = jnp.concatenate([observations, z], axis=-1)
     actions = networks.one_step.apply({"params": params["one_step"]}, inputs)  # (B, D)
     distillation_loss = jnp.mean((actions - jax.lax.stop_gradient(flow_actions)) ** 2)
 
     # Value.
-    value = q(batch.observations, jnp.clip(actions, -1, 1)).mean()
+    value = q(observations, jnp.clip(actions, -1, 1)).mean()
     metrics = {"flow_loss": behavior_loss, "distillation_loss": distillation_loss, "value": value}
     return behavior_loss + args.alpha * distillation_loss - value, metrics
 
@@ -444,7 +445,7 @@ def over_seeds(function, num_seeds):
 class Dataset(NamedTuple):
     observations: Any  # (N, O)
     actions: Any  # (N, A)
-    rewards: Any  # (N,)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
     masks: Any  # (N,) 0 where the task is solved: no bootstrap
     terminals: Any  # (N,) 1 at the last transition of an episode
     next_observations: Any  # (N, O)
