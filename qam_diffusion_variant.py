@@ -29,13 +29,15 @@ moved to where Q is high.
 (6) matching   L_AM = N mean_B sum_{k > 1} || (mu_policy - mu_behavior')(x_k) / sigma_k
                                               + sigma_k g_{k-1} ||^2
 
-Q', mu_behavior': of target copies. s', a', m: observation and action after the chunk, and 0 if the
-task is solved in it. R: its discounted reward. (1) and (3) leave out chunks that run over the end
-of an episode. (6) is regression: no gradient goes through the rollout. As N grows its optimum is
-p_chain(a|s) exp(inv_temp Q(s, a)) / Z, where p_chain is what (4) makes with behavior alone. With
-few steps that is not the data, but narrower: of a Gaussian's variance 1.0 or 0.05 it keeps 68 % or
-45 % at N = 10, 95 % or 87 % at N = 100. For Dataset, below, N counts transitions.
-"Choice:" marks what the paper leaves open.
+Q', mu_behavior': of target copies. R: discounted reward of the chunk; s': observation after it; a':
+a chunk of the policy there, by (4); m: 0 if the chunk solves the task, else 1. (1) and (3) leave
+out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
+rollout. As N grows its optimum is p_chain(a|s) exp(inv_temp Q(s, a)) / Z, where p_chain is what (4)
+makes with behavior alone. With few steps that is not the data, but narrower: of a Gaussian's
+variance 1.0 or 0.05 it keeps 68 % or 45 % at N = 10, 95 % or 87 % at N = 100.
+
+"Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
+used here is there for them.
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 
@@ -81,7 +83,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
-# The settings of all methods (a test keeps them the same), and below those of this one.
+# The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
@@ -98,11 +100,9 @@ DOMAINS = {  # Choice: the last two rows, for domains that the paper does not ha
     "another maze": (1, 0.99, 0.5, False),
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
-
-# The least value of those whole numbers that need not be at least 1.
+# Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0}
 
 
@@ -121,7 +121,7 @@ class Args:
     On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
       --num-critics 2 --diffusion-steps 5 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
       --horizon 10 --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
-    Where the default is None, it is the paper's value for the domain.
+    Where a setting's default is None, it is the paper's value for the domain.
     """
 
     env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
@@ -164,7 +164,7 @@ class Args:
 
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
-            if type(value) is int and value < least:  # isinstance would take True for 1
+            if type(value) is int and value < least:  # no bool
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.diffusion_steps < 2:
             raise ValueError("--diffusion-steps must be at least 2")
@@ -211,7 +211,7 @@ class NoisePredictor(nn.Module):
         nn.share_scope(self, mlp)  # the layers are Dense_0, Dense_1, .. without a level in between
         # (B, O) observations serve all steps of (N, B, D) states.
         observations = jnp.broadcast_to(observations, (*x.shape[:-1], observations.shape[-1]))
-        k = jnp.broadcast_to(k, (*x.shape[:-1], 1))
+        k = jnp.broadcast_to(k, (*x.shape[:-1], 1)).astype(x.dtype)
         # Choice: the MLP predicts signal e - spread a, from which e follows. If it predicted e, mu
         # would magnify its errors 32 times at k = N.
         signal, spread, _, _, _ = schedule(k, self.num_steps)
@@ -220,7 +220,11 @@ class NoisePredictor(nn.Module):
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
+
+    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
+    sample_actions reads O + D off its first layer, Dense_0.
+    """
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -235,7 +239,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -248,7 +252,7 @@ class Networks(NamedTuple):
 
 def make_networks(args, observation_dim, action_dim):
     """The modules; `action_dim` is A, of one action."""
-    # Modules hold no parameters, so that one serves both.
+    # Modules hold no parameters, so one serves both.
     predictor = NoisePredictor(args.hidden_dims, args.horizon * action_dim, args.diffusion_steps)
     return Networks(Critic(args.hidden_dims, args.num_critics), predictor, predictor)
 
@@ -257,7 +261,7 @@ def make_networks(args, observation_dim, action_dim):
 
 
 def schedule(k, num_steps):
-    """Equation (2) at k (..), whole numbers from 1 to N -> five arrays, (5, ..).
+    """Equation (2) at k (..), 1.0 to N, no integers -> five arrays, (5, ..).
 
     They are signal sqrt(abar_k), spread sqrt(1 - abar_k), keep sqrt(alpha_k), add
     sqrt(1 - alpha_k) and the sigma_k of (4).
@@ -269,7 +273,7 @@ def schedule(k, num_steps):
     abar_before = abar / alpha  # abar_{k-1}
     variance = (1 - abar_before) / (1 - abar) * (1 - alpha)  # sigma_k^2
     table = np.sqrt([abar, 1 - abar, alpha, 1 - alpha, variance])  # (5, N)
-    return jnp.asarray(table, jnp.float32)[:, k.astype(int) - 1]
+    return jnp.asarray(table, k.dtype)[:, k.astype(int) - 1]
 
 
 def reverse_mean(epsilon, x, k, num_steps):
@@ -302,8 +306,8 @@ def lean_adjoint(base_epsilon, xs, terminal_adjoint):
     """Equation (5): x_N .. x_1 (N, B, D), g at x_0 (B, D) -> g_{N-1} .. g_0 (N, B, D).
 
     g_k tells how -inv_temp Q at the end changes with x_k, if behavior goes on from there. The full
-    adjoint also differentiates what the policy adds to behavior; the lean one leaves that out, for
-    at the optimum it is 0 in the mean.
+    adjoint has a second term, with the derivative of what the policy adds to behavior. The lean one
+    leaves it out: where the policy is optimal, that term is 0 in the mean (docs/derivation.md).
     """
     num_steps = len(xs)
 
@@ -372,16 +376,16 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, (args.diffusion_steps, *batch.actions.shape))
-    acting = {**params, "target": target_params}  # some methods act by target copies
-    # a' is one draw, whatever best_of_n is.
+    acting = {**params, "target": target_params}  # other methods act by target copies
+    # As in the paper, a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
     next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
-    # by the number of valid chunks, so that a chunk weighs the same in every batch.
+    # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
+    # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
@@ -396,13 +400,11 @@ def denoising_loss(epsilon, actions, valid, noise, k, num_steps):
 def adjoint_matching_loss(epsilon, base_epsilon, xs, adjoints):
     """Equation (6): x_N .. x_1, g_{N-1} .. g_0 (N, B, D) -> scalar.
 
-    Gradients reach `epsilon` alone. Term k is matched to the adjoint of x_{k-1}, which it produces
-    (docs/derivation.md). `valid` is not needed: only observations are used, and all are good.
+    Gradients reach `epsilon` alone. Term k is matched to the adjoint of x_{k-1}, where step k ends.
     """
     num_steps = len(xs)
     xs, adjoints = jax.lax.stop_gradient((xs[:-1], adjoints[:-1]))  # (N-1, B, D), not of k = 1
-    k = jnp.arange(num_steps, 1, -1).reshape(-1, 1, 1)  # (N-1, 1, 1)
-    k = jnp.broadcast_to(k, (*xs.shape[:-1], 1)).astype(float)  # (N-1, B, 1)
+    k = jnp.arange(num_steps, 1, -1).reshape(-1, 1, 1) * jnp.ones_like(xs[..., :1])  # (N-1, B, 1)
     _, spread, keep, add, sigma = schedule(k, num_steps)
     difference = epsilon(xs, k) - jax.lax.stop_gradient(base_epsilon(xs, k))  # (N-1, B, D)
     difference = -(add**2) / (spread * keep) * difference  # of the two mu: x_k cancels
@@ -418,13 +420,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     """
     key_e, key_k, key_x, key_noise = jax.random.split(key, 4)
     num_steps = args.diffusion_steps
+    observations = batch.observations
     shape = batch.actions.shape  # (B, D)
-    eps_behavior = partial(
-        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
-    )
-    eps_policy = partial(networks.policy.apply, {"params": params["policy"]}, batch.observations)
-    fixed = {"params": target_params["behavior"]}
-    eps_base = partial(networks.behavior.apply, fixed, batch.observations)
+    eps_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+    eps_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
+    eps_base = partial(networks.behavior.apply, {"params": target_params["behavior"]}, observations)
 
     # Behavior: to find the noise in noisy actions.
     e = jax.random.normal(key_e, shape)
@@ -439,7 +439,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     # The critic's gradient at its end. In the sum over the batch, term b depends on action b alone,
     # so the gradient of the sum holds the gradient of each sample. Outside [-1, 1] it is 0.
     def total_value(actions):
-        return target_q(batch.observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
+        return target_q(observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
     g = -args.inv_temp * jax.grad(total_value)(xs[-1])  # (B, D)
 
@@ -459,7 +459,7 @@ class TrainState(NamedTuple):
     target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
-    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
+    key: jax.Array  # () never changes; step n draws with fold_in(key, n)
 
 
 def make_optimizer(args):
@@ -474,7 +474,7 @@ def init_state(args, networks, observation_dim, action_dim, key):
     """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
     observations = jnp.zeros((1, observation_dim))
     actions = jnp.zeros((1, args.horizon * action_dim))
-    key_critic, key_behavior, key_policy = jax.random.split(key, 3)
+    key, key_critic, key_behavior, key_policy = jax.random.split(key, 4)
     params = {
         "critic": networks.critic.init(key_critic, observations, actions)["params"],
         "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
@@ -500,10 +500,10 @@ def update(args, networks, state, batch, key):
         return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Targets move towards the parameters from before this step.
+    # As in the paper's code, targets move towards the parameters from before this step.
     before = {name: state.params[name] for name in target_params}
     target_params = optax.incremental_update(before, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
@@ -545,7 +545,7 @@ def over_seeds(function, num_seeds):
 class Dataset(NamedTuple):
     observations: Any  # (N, O)
     actions: Any  # (N, A)
-    rewards: Any  # (N,)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
     masks: Any  # (N,) 0 where the task is solved: no bootstrap
     terminals: Any  # (N,) 1 at the last transition of an episode
     next_observations: Any  # (N, O)
@@ -572,9 +572,9 @@ def gather_chunks(dataset, indices, horizon, discount):
     )
 
 
-# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
-# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
-# `info["success"]`: see docs/own_data.md.
+# OGBench: the functions from here to load_dataset and the table DOMAINS are made for it. Another
+# environment needs flat observations, actions in [-1, 1], the six arrays of a Dataset and, for the
+# success rate, `info["success"]`: docs/own_data.md has the change.
 
 
 def parse_env_id(env_id):
@@ -608,7 +608,7 @@ def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     env = gymnasium.make(environment_id)
-    # OGBench's property makes a new action space each time; this one can be seeded.
+    # In place of a property of the class, which makes a new, unseeded action space each time.
     type(env.unwrapped).action_space = env.action_space
     return env
 
@@ -695,7 +695,7 @@ def load_dataset(args, path, env):
 
     if args.sparse:
         data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
-    # As the paper does: inside what a tanh can reach.
+    # As in the paper's code. Some methods invert a tanh here.
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -783,7 +783,7 @@ def evaluate(args, act, params, envs, key):
             current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
         observations[episode[playing]] = current[playing]
         actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        # A process that has played all of its own plays along, and is not counted.
+        # A process that has played all of its episodes gets any row, and is not counted.
         current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
         chunks[episode[playing]] += 1
         ended = playing & (terminated | truncated)
@@ -823,7 +823,8 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
 
 stop_signals = []  # numbers of the signals that asked the run to stop
 
-# What a resumed run may change: the state after n updates does not depend on it.
+# What a resumed run may change: the state after n updates does not depend on it. (The place of
+# the data may change, but not its size.)
 MAY_CHANGE = (
     "offline_steps",
     "eval_every",
@@ -961,7 +962,9 @@ def parse_args():
 
 def describe_run(args, paths, dataset):
     """What args.json holds."""
-    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    source = "official" if paths[0].parent.name == "data" else "collected"
+    if args.dataset_dir:
+        source = "from --dataset-dir"
     words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
     if args.env_id.startswith(PAPER_USED_100M):
         words += "; the paper used 100M transitions"
@@ -1032,7 +1035,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
     print("compiling the update")
-    states, _ = train(states, dataset, 0)  # no update
+    states, _ = train(states, dataset, 0)  # no update, and the program serves any number
     handle_signals(request_stop)
 
     step = int(states.step[0])
@@ -1108,8 +1111,10 @@ def main(args):
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
         laptop = "--hidden-dims 128 128 128 --num-critics 2 --offline-steps 10000"
-        print("This size takes days without a GPU. For a laptop:")
-        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
+        print(
+            "This size takes days without a GPU. For a laptop:\n"
+            f"python {sys.argv[0]} --env-id {args.env_id} {laptop}"
+        )
 
     env = make_env(args)
     dims = (env.observation_space.shape[0], env.action_space.shape[0])

@@ -24,11 +24,15 @@ h = 1 / T: "behavior" imitates the data, "policy" is behavior moved to where Q i
 (5) path       L_P = mean_B sum_{i < T-1} 2 / sigma_i^2 || (v_policy - v_behavior')(x_i, t_i) ||^2
 (6) policy     L = L_P - inv_temp mean_B (mean_K Q(s, x_T) - rho std_K Q(s, x_T))
 
-Q', behavior': target copies. s', a', m: observation and action after the chunk, and 0 if the task
-is solved in it. R: its discounted reward. (1) and (2) leave out chunks that run over the end of an
-episode. In (6) the gradient goes back through the rollout. L_P is T times the KL divergence of the
-policy's path from behavior's, so that inv_temp / T is the inverse temperature. x_T is not clipped.
-"Choice:" marks what the paper leaves open.
+Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
+chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
+out chunks that run over the end of an episode. In (6) the gradient goes back through the rollout,
+whose x_T is not clipped. L_P is T times the KL divergence of the policy's path from behavior's, so
+that inv_temp / T is the inverse temperature. With the noise of (4) x_T does not remember x_0: see
+qam_offline.py.
+
+"Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
+used here is there for them.
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 
@@ -73,7 +77,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
-# The settings of all methods (a test keeps them the same), and below those of this one.
+# The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
@@ -90,11 +94,9 @@ DOMAINS = {  # Choice: the last two rows, for domains that the paper does not ha
     "another maze": (1, 0.99, 0.5, False),
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [10.0, 30.0, 10.0, 10.0, 10.0, 30.0, 30.0, 30.0, 10.0, 30.0, 1.0, 1.0]}
-
-# The least value of those whole numbers that need not be at least 1.
+# Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0}
 
 
@@ -113,7 +115,7 @@ class Args:
     On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
       --num-critics 2 --flow-steps 5 --horizon 10 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
       --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
-    Where the default is None, it is the paper's value for the domain.
+    Where a setting's default is None, it is the paper's value for the domain.
     """
 
     env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
@@ -156,7 +158,7 @@ class Args:
 
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
-            if type(value) is int and value < least:  # isinstance would take True for 1
+            if type(value) is int and value < least:  # no bool
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.flow_steps < 2:
             raise ValueError("--flow-steps must be at least 2")
@@ -207,7 +209,11 @@ class VelocityField(nn.Module):
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
+
+    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
+    sample_actions reads O + D off its first layer, Dense_0.
+    """
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -222,7 +228,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -235,7 +241,7 @@ class Networks(NamedTuple):
 
 def make_networks(args, observation_dim, action_dim):
     """The modules; `action_dim` is A, of one action."""
-    # Modules hold no parameters, so that one serves both flows.
+    # Modules hold no parameters, so one serves both flows.
     flow = VelocityField(args.hidden_dims, args.horizon * action_dim)
     return Networks(Critic(args.hidden_dims, args.num_critics), flow, flow)
 
@@ -257,20 +263,12 @@ def sample_ode(velocity, x0, num_steps):
 
 
 def drift(velocity, x, t, u):
-    """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D).
-
-    It is v + sigma^2 / 2 score, with the score (t v - x) / (1 - t) and sigma^2 = 2 (1 - t) / t: for
-    another schedule change this and memoryless_sigma. u is t, kept away from 0.
-    """
+    """The drift of (4): x (..., D), t (..., 1), u (..., 1) or a number -> (..., D)."""
     return 2 * velocity(x, t) - x / u
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i: sqrt(2 (1 - t) / t), with an h added twice against t = 0.
-
-    With this much noise x_T does not remember x_0. Only then is the optimum of the matching the
-    tilted behavior, without a factor that depends on where a path began.
-    """
+    """sigma_i of (4) at t = t_i. It must not be 0, for (6) divides by it."""
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
 
 
@@ -283,12 +281,12 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         t = jnp.full_like(x[..., :1], t)  # (B, 1)
         mean = x + h * drift(velocity, x, t, t + h)
         x = mean + jnp.sqrt(h) * memoryless_sigma(t, h) * noise_i
-        return x, x  # in the end x_{T-1}, and x_1 .. x_{T-1}
+        return x, x  # the last one is carried on, all are kept
 
     x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
-    # The last step adds no noise, which would stay in the action. A step without noise has to be
-    # the behavior flow's: what holds the policy near it is a KL, and that of two different points
-    # is infinite. Nothing in (6) trains the policy's velocity there, though (3) uses it.
+    # The last step adds no noise, which would stay in the action. Such a step has to be the
+    # behavior flow's: a KL holds the policy near it, infinite between two different points.
+    # (6) has no term for this step: nothing trains the policy's velocity there, which (3) uses.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
 
@@ -337,16 +335,16 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
-    acting = {**params, "target": target_params}  # some methods act by target copies
-    # a' is one draw, whatever best_of_n is.
+    acting = {**params, "target": target_params}  # other methods act by target copies
+    # As in the paper, a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
     next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
-    # by the number of valid chunks, so that a chunk weighs the same in every batch.
+    # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
+    # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
@@ -361,8 +359,7 @@ def flow_matching_loss(velocity, actions, valid, x0, t):
 def path_loss(velocity, base_velocity, xs, num_steps):
     """Equation (5): x_0 .. x_{T-2} (T-1, B, D), T -> scalar, with gradients to xs, too."""
     h = 1 / num_steps
-    t = jnp.arange(len(xs)).reshape(-1, 1, 1) * h  # (T-1, 1, 1)
-    t = jnp.broadcast_to(t, (*xs.shape[:-1], 1))  # (T-1, B, 1)
+    t = jnp.arange(len(xs)).reshape(-1, 1, 1) * h * jnp.ones_like(xs[..., :1])  # (T-1, B, 1)
     difference = velocity(xs, t) - base_velocity(xs, t)  # (T-1, B, D)
     terms = 2 / memoryless_sigma(t, h) ** 2 * difference**2
     return jnp.mean(jnp.sum(terms, axis=(0, 2)))
@@ -374,13 +371,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     q and target_q map (s, a) to (K, B) and are held constant; BAM uses q alone.
     """
     key_x0, key_t, key_sde, key_noise = jax.random.split(key, 4)
+    observations = batch.observations
     shape = batch.actions.shape  # (B, D)
-    v_behavior = partial(
-        networks.behavior.apply, {"params": params["behavior"]}, batch.observations
-    )
-    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, batch.observations)
-    fixed = {"params": target_params["behavior"]}
-    v_base = partial(networks.behavior.apply, fixed, batch.observations)
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
+    v_base = partial(networks.behavior.apply, {"params": target_params["behavior"]}, observations)
 
     # Behavior: flow matching.
     x0 = jax.random.normal(key_x0, shape)
@@ -393,7 +388,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
 
     # Value. Choice: the 1e-12, for a gradient also where all critics agree.
-    q_last = q(batch.observations, xs[-1])  # (K, B)
+    q_last = q(observations, xs[-1])  # (K, B)
     spread = jnp.sqrt(q_last.var(axis=0) + 1e-12)
     value = jnp.mean(q_last.mean(axis=0) - args.rho * spread)
 
@@ -411,7 +406,7 @@ class TrainState(NamedTuple):
     target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
-    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
+    key: jax.Array  # () never changes; step n draws with fold_in(key, n)
 
 
 def make_optimizer(args):
@@ -426,7 +421,7 @@ def init_state(args, networks, observation_dim, action_dim, key):
     """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
     observations = jnp.zeros((1, observation_dim))
     actions = jnp.zeros((1, args.horizon * action_dim))
-    key_critic, key_behavior, key_policy = jax.random.split(key, 3)
+    key, key_critic, key_behavior, key_policy = jax.random.split(key, 4)
     params = {
         "critic": networks.critic.init(key_critic, observations, actions)["params"],
         "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
@@ -452,10 +447,10 @@ def update(args, networks, state, batch, key):
         return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Targets move towards the parameters from before this step.
+    # As in the paper's code, targets move towards the parameters from before this step.
     before = {name: state.params[name] for name in target_params}
     target_params = optax.incremental_update(before, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
@@ -497,7 +492,7 @@ def over_seeds(function, num_seeds):
 class Dataset(NamedTuple):
     observations: Any  # (N, O)
     actions: Any  # (N, A)
-    rewards: Any  # (N,)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
     masks: Any  # (N,) 0 where the task is solved: no bootstrap
     terminals: Any  # (N,) 1 at the last transition of an episode
     next_observations: Any  # (N, O)
@@ -524,9 +519,9 @@ def gather_chunks(dataset, indices, horizon, discount):
     )
 
 
-# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
-# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
-# `info["success"]`: see docs/own_data.md.
+# OGBench: the functions from here to load_dataset and the table DOMAINS are made for it. Another
+# environment needs flat observations, actions in [-1, 1], the six arrays of a Dataset and, for the
+# success rate, `info["success"]`: docs/own_data.md has the change.
 
 
 def parse_env_id(env_id):
@@ -560,7 +555,7 @@ def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     env = gymnasium.make(environment_id)
-    # OGBench's property makes a new action space each time; this one can be seeded.
+    # In place of a property of the class, which makes a new, unseeded action space each time.
     type(env.unwrapped).action_space = env.action_space
     return env
 
@@ -647,7 +642,7 @@ def load_dataset(args, path, env):
 
     if args.sparse:
         data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
-    # As the paper does: inside what a tanh can reach.
+    # As in the paper's code. Some methods invert a tanh here.
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -735,7 +730,7 @@ def evaluate(args, act, params, envs, key):
             current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
         observations[episode[playing]] = current[playing]
         actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        # A process that has played all of its own plays along, and is not counted.
+        # A process that has played all of its episodes gets any row, and is not counted.
         current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
         chunks[episode[playing]] += 1
         ended = playing & (terminated | truncated)
@@ -775,7 +770,8 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
 
 stop_signals = []  # numbers of the signals that asked the run to stop
 
-# What a resumed run may change: the state after n updates does not depend on it.
+# What a resumed run may change: the state after n updates does not depend on it. (The place of
+# the data may change, but not its size.)
 MAY_CHANGE = (
     "offline_steps",
     "eval_every",
@@ -913,7 +909,9 @@ def parse_args():
 
 def describe_run(args, paths, dataset):
     """What args.json holds."""
-    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    source = "official" if paths[0].parent.name == "data" else "collected"
+    if args.dataset_dir:
+        source = "from --dataset-dir"
     words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
     if args.env_id.startswith(PAPER_USED_100M):
         words += "; the paper used 100M transitions"
@@ -984,7 +982,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
     print("compiling the update")
-    states, _ = train(states, dataset, 0)  # no update
+    states, _ = train(states, dataset, 0)  # no update, and the program serves any number
     handle_signals(request_stop)
 
     step = int(states.step[0])
@@ -1060,8 +1058,10 @@ def main(args):
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
         laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
-        print("This size takes days without a GPU. For a laptop:")
-        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
+        print(
+            "This size takes days without a GPU. For a laptop:\n"
+            f"python {sys.argv[0]} --env-id {args.env_id} {laptop}"
+        )
 
     env = make_env(args)
     dims = (env.observation_space.shape[0], env.action_space.shape[0])

@@ -21,9 +21,12 @@ into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps of h =
 (4) policy     L = L_BC - mean Q(s, a_flow(s, z)) / alpha
                z is noise, from which a_flow(s, z) goes by (3); the gradient goes back all T steps
 
-Q': target copy. s', a', m: observation and action after the chunk, and 0 if the task is solved in
-it. R: its discounted reward. (1) and (2) leave out chunks that run over the end of an episode.
-"Choice:" marks what the paper leaves open.
+Q': target copy. R: discounted reward of the chunk; s': observation after it; a': a chunk of the
+policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave out chunks that
+run over the end of an episode.
+
+"Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
+used here is there for them.
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 
@@ -68,7 +71,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
 
-# The settings of all methods (a test keeps them the same), and below those of this one.
+# The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
     "cube-double-play": (5, 0.99, 0.5, False),
@@ -85,11 +88,9 @@ DOMAINS = {  # Choice: the last two rows, for domains that the paper does not ha
     "another maze": (1, 0.99, 0.5, False),
 }
 PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"alpha": [0.1, 0.03, 1.0, 100.0, 0.03, 0.3, 0.1, 0.1, 30.0, 10.0, 1.0, 1.0]}
-
-# The least value of those whole numbers that need not be at least 1.
+# Whole numbers must be at least 1, but for these.
 LEAST = {"seed": 0}
 
 
@@ -108,7 +109,7 @@ class Args:
     On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
       --num-critics 2 --flow-steps 5 --horizon 10 --tau 0.02 --learning-rate 1e-3
       --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
-    Where the default is None, it is the paper's value for the domain.
+    Where a setting's default is None, it is the paper's value for the domain.
     """
 
     env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
@@ -151,7 +152,7 @@ class Args:
 
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
-            if type(value) is int and value < least:  # isinstance would take True for 1
+            if type(value) is int and value < least:  # no bool
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.flow_steps < 2:
             raise ValueError("--flow-steps must be at least 2")
@@ -202,7 +203,11 @@ class VelocityField(nn.Module):
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
+
+    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
+    sample_actions reads O + D off its first layer, Dense_0.
+    """
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -217,7 +222,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -293,16 +298,16 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
-    acting = {**params, "target": target_params}  # some methods act by target copies
-    # a' is one draw, whatever best_of_n is.
+    acting = {**params, "target": target_params}  # other methods act by target copies
+    # As in the paper, a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
     next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` leaves out chunks that run over the end of an episode. The mean divides by B and not
-    # by the number of valid chunks, so that a chunk weighs the same in every batch.
+    # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
+    # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
@@ -320,8 +325,9 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     q and target_q map (s, a) to (K, B) and are held constant; FBRAC uses q alone.
     """
     key_x0, key_t, key_z = jax.random.split(key, 3)
+    observations = batch.observations
     shape = batch.actions.shape  # (B, D)
-    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, batch.observations)
+    v_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
 
     # Behavior: flow matching.
     x0 = jax.random.normal(key_x0, shape)
@@ -330,8 +336,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
 
     # Value, with its gradient through the clip and all T steps.
     z = jax.random.normal(key_z, shape)
-    actions = policy_actions(args, networks, params, batch.observations, z)  # (B, D)
-    value = q(batch.observations, actions).mean()
+    actions = policy_actions(args, networks, params, observations, z)  # (B, D)
+    value = q(observations, actions).mean()
     return behavior_loss - value / args.alpha, {"flow_loss": behavior_loss, "value": value}
 
 
@@ -343,7 +349,7 @@ class TrainState(NamedTuple):
     target_params: dict  # of those networks that have a target copy
     opt_state: Any
     step: jax.Array  # () gradient steps taken
-    key: jax.Array  # () never changes: the randomness of step n is folded in from it and n
+    key: jax.Array  # () never changes; step n draws with fold_in(key, n)
 
 
 def make_optimizer(args):
@@ -358,7 +364,7 @@ def init_state(args, networks, observation_dim, action_dim, key):
     """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
     observations = jnp.zeros((1, observation_dim))
     actions = jnp.zeros((1, args.horizon * action_dim))
-    key_critic, key_policy = jax.random.split(key)
+    key, key_critic, key_policy = jax.random.split(key, 3)
     params = {
         "critic": networks.critic.init(key_critic, observations, actions)["params"],
         "policy": networks.policy.init(key_policy, observations, actions, 0.0)["params"],
@@ -383,10 +389,10 @@ def update(args, networks, state, batch, key):
         return loss_q + loss_pi, {**metrics_q, **metrics_pi}
 
     grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Targets move towards the parameters from before this step.
+    # As in the paper's code, targets move towards the parameters from before this step.
     before = {name: state.params[name] for name in target_params}
     target_params = optax.incremental_update(before, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
@@ -428,7 +434,7 @@ def over_seeds(function, num_seeds):
 class Dataset(NamedTuple):
     observations: Any  # (N, O)
     actions: Any  # (N, A)
-    rewards: Any  # (N,)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
     masks: Any  # (N,) 0 where the task is solved: no bootstrap
     terminals: Any  # (N,) 1 at the last transition of an episode
     next_observations: Any  # (N, O)
@@ -455,9 +461,9 @@ def gather_chunks(dataset, indices, horizon, discount):
     )
 
 
-# From here to load_dataset, and in DOMAINS, stands what is made for OGBench. Another environment
-# needs a Box action space in [-1, 1], the six arrays of a Dataset and, for the success rate,
-# `info["success"]`: see docs/own_data.md.
+# OGBench: the functions from here to load_dataset and the table DOMAINS are made for it. Another
+# environment needs flat observations, actions in [-1, 1], the six arrays of a Dataset and, for the
+# success rate, `info["success"]`: docs/own_data.md has the change.
 
 
 def parse_env_id(env_id):
@@ -491,7 +497,7 @@ def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     env = gymnasium.make(environment_id)
-    # OGBench's property makes a new action space each time; this one can be seeded.
+    # In place of a property of the class, which makes a new, unseeded action space each time.
     type(env.unwrapped).action_space = env.action_space
     return env
 
@@ -578,7 +584,7 @@ def load_dataset(args, path, env):
 
     if args.sparse:
         data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
-    # As the paper does: inside what a tanh can reach.
+    # As in the paper's code. Some methods invert a tanh here.
     data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
     return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
 
@@ -666,7 +672,7 @@ def evaluate(args, act, params, envs, key):
             current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
         observations[episode[playing]] = current[playing]
         actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        # A process that has played all of its own plays along, and is not counted.
+        # A process that has played all of its episodes gets any row, and is not counted.
         current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
         chunks[episode[playing]] += 1
         ended = playing & (terminated | truncated)
@@ -706,7 +712,8 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
 
 stop_signals = []  # numbers of the signals that asked the run to stop
 
-# What a resumed run may change: the state after n updates does not depend on it.
+# What a resumed run may change: the state after n updates does not depend on it. (The place of
+# the data may change, but not its size.)
 MAY_CHANGE = (
     "offline_steps",
     "eval_every",
@@ -844,7 +851,9 @@ def parse_args():
 
 def describe_run(args, paths, dataset):
     """What args.json holds."""
-    source = {"data": "official", "collected": "collected"}.get(paths[0].parent.name, "named")
+    source = "official" if paths[0].parent.name == "data" else "collected"
+    if args.dataset_dir:
+        source = "from --dataset-dir"
     words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
     if args.env_id.startswith(PAPER_USED_100M):
         words += "; the paper used 100M transitions"
@@ -915,7 +924,7 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
     print("compiling the update")
-    states, _ = train(states, dataset, 0)  # no update
+    states, _ = train(states, dataset, 0)  # no update, and the program serves any number
     handle_signals(request_stop)
 
     step = int(states.step[0])
@@ -991,8 +1000,10 @@ def main(args):
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
         laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
-        print("This size takes days without a GPU. For a laptop:")
-        print(f"python {sys.argv[0]} --env-id {args.env_id} {laptop}")
+        print(
+            "This size takes days without a GPU. For a laptop:\n"
+            f"python {sys.argv[0]} --env-id {args.env_id} {laptop}"
+        )
 
     env = make_env(args)
     dims = (env.observation_space.shape[0], env.action_space.shape[0])
