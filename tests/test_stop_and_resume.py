@@ -1,0 +1,325 @@
+"""Runs that are killed, stopped and resumed, by their command lines alone.
+
+A run that was stopped at any moment ends with the same bits as one that never was.
+"""
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import command, folder_of, read_rows, read_states, resume, run
+from flax.traverse_util import flatten_dict
+
+OFFLINE = "qam_offline.py"
+ONLINE = "qam_offline_to_online.py"
+
+# Long enough to be stopped on the way: there are two seconds or more after the first checkpoint.
+# Rows are logged far more often than saved, so that a killed run has written rows that must go.
+LONG = "--offline-steps 5000 --log-every 50 --eval-every 1250 --checkpoint-every 500".split()
+
+# Pointmaze episodes take 1000 steps: an episode and a half, with the updates of both phases.
+BOTH_PHASES = (
+    "--offline-steps 2000 --online-steps 1500 --start-training 40 "
+    "--log-every 100 --eval-every 1000 --checkpoint-every 100 --eval-episodes 1 --eval-envs 1"
+).split()
+
+
+def assert_same_states(folder, other_folder):
+    """Not one bit differs between the states in the checkpoints of two runs."""
+    arrays = flatten_dict(read_states(folder), sep="/")
+    other_arrays = flatten_dict(read_states(other_folder), sep="/")
+    assert arrays.keys() == other_arrays.keys()
+    for name, array in arrays.items():
+        other = other_arrays[name]
+        assert array.dtype == other.dtype, name
+        assert array.shape == other.shape, name
+        assert array.tobytes() == other.tobytes(), name
+
+
+def rows_without_times(path):
+    rows = read_rows(path)
+    for row in rows:
+        row.pop("wall_seconds", None)
+        row.pop("updates_per_second", None)
+    return rows
+
+
+def assert_same_rows(folder, other_folder, *names):
+    for name in names:
+        rows = rows_without_times(folder / name)
+        assert rows == rows_without_times(other_folder / name), name
+
+
+def start(script, dataset_dir, run_dir, *flags):
+    """A run in a process group of its own, as a shell would start it."""
+    line = command(script, dataset_dir, run_dir, *flags)
+    # The progress bar goes to a file: a pipe that nobody reads could fill up.
+    with open(run_dir.with_suffix(".stderr"), "w") as errors:
+        return subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+
+
+def wait_for(condition, run_dir, process):
+    """Until the condition holds for the run's folder."""
+    while True:
+        for folder in run_dir.glob("*"):
+            if condition(folder):
+                return
+        assert process.poll() is None, run_dir.with_suffix(".stderr").read_text()
+        time.sleep(0.01)
+
+
+def has_checkpoint(folder):
+    return (folder / "checkpoint.msgpack").exists()
+
+
+def online_rows(folder):
+    """The transitions of the online phase in the checkpoint: arrays by name, none before it."""
+    return read_states(folder).get("online", {})
+
+
+def has_online_rows(folder):
+    return has_checkpoint(folder) and len(online_rows(folder).get("rewards", ())) > 0
+
+
+def stop(process, how, shortest_wait=0.0, longest_wait=0.0):
+    """Send the signal after a random while. Returns what the run printed."""
+    delay = random.uniform(shortest_wait, longest_wait)
+    print(f"signal {how} after {delay:.3f} s")
+    time.sleep(delay)
+    if how == signal.SIGINT:
+        # Ctrl-C reaches the processes of the environments, too.
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    # Until they are gone as well: they hold the pipe open.
+    printed, _ = process.communicate(timeout=60)
+    return printed
+
+
+def check_stopped(process, how, printed, run_dir):
+    """The exit status, no traceback, and a last line which says how to go on."""
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        return
+    assert process.returncode == 128 + how
+    assert "Traceback" not in run_dir.with_suffix(".stderr").read_text()
+    line = go_on_line(printed)
+    assert line[0] == "python"
+    assert line[-2:] == ["--resume", str(folder_of(run_dir))]
+
+
+def go_on_line(printed):
+    return shlex.split(re.search("to go on: (.*)", printed)[1])
+
+
+def go_on(how, printed, folder):
+    """Resume as a user would: by the printed command, where there is one."""
+    if how == signal.SIGKILL:
+        return resume(folder)
+    line = [sys.executable, *go_on_line(printed)[1:]]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(dataset_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("never_stopped")
+    done = run(OFFLINE, dataset_dir, run_dir, *LONG)
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_path, how):
+    run_dir = tmp_path / "stopped"
+    process = start(OFFLINE, dataset_dir, run_dir, *LONG)
+    wait_for(has_checkpoint, run_dir, process)
+    printed = stop(process, how, longest_wait=1.0)
+    check_stopped(process, how, printed, run_dir)
+    stopped = folder_of(run_dir)
+    done = go_on(how, printed, stopped)
+    assert done.returncode == 0, done.stderr
+    assert_same_states(never_stopped, stopped)
+    assert_same_rows(never_stopped, stopped, "metrics.csv", "eval.csv")
+
+
+@pytest.fixture(scope="module")
+def finished(dataset_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished")
+    done = run(OFFLINE, dataset_dir, run_dir)
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_an_evaluation(finished, dataset_dir, tmp_path, how):
+    """An evaluation of many episodes is given up. It begins anew when the run is resumed."""
+    run_dir = tmp_path / "stopped"
+    # The first checkpoint is the one before the evaluation, whose processes then need a second.
+    flags = "--eval-episodes 500 --checkpoint-every 30".split()
+    process = start(OFFLINE, dataset_dir, run_dir, *flags)
+    wait_for(has_checkpoint, run_dir, process)
+    printed = stop(process, how, shortest_wait=1.5, longest_wait=3.0)
+    check_stopped(process, how, printed, run_dir)
+    stopped = folder_of(run_dir)
+    assert not (stopped / "eval.csv").exists()
+    done = resume(stopped, "--eval-episodes", "2")
+    assert done.returncode == 0, done.stderr
+    assert_same_states(finished, stopped)
+    assert_same_rows(finished, stopped, "metrics.csv", "eval.csv")
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit"])
+def test_damaged_checkpoint_is_told(finished, tmp_path, damage):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    checkpoint = folder / "checkpoint.msgpack"
+    content = bytearray(checkpoint.read_bytes())
+    if damage == "cut":
+        del content[-9:]
+    else:
+        content[len(content) // 2] ^= 1
+    checkpoint.write_bytes(content)
+    done = resume(folder)
+    assert "damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+    # Refused, or gone on with from an older checkpoint that is whole.
+    assert done.returncode in (0, 2)
+    if done.returncode == 0:
+        assert_same_states(finished, folder)
+
+
+def test_another_tau_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    done = resume(folder, "--tau", "0.1")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "tau" in line
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    done = resume(folder)
+    assert done.returncode == 0, done.stderr
+    assert_same_states(finished, folder)
+    assert_same_rows(finished, folder, "metrics.csv", "eval.csv")
+
+
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        # An update a dispatch.
+        "--log-every 1",
+        # All in as few as may be.
+        "--log-every 1000 --eval-every 1000 --checkpoint-every 1000",
+        "--log-every 7 --eval-every 23 --checkpoint-every 11",
+    ],
+)
+def test_intervals_do_not_change_training(finished, dataset_dir, tmp_path, intervals):
+    done = run(OFFLINE, dataset_dir, tmp_path, *intervals.split())
+    assert done.returncode == 0, done.stderr
+    assert_same_states(finished, folder_of(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def both_phases(dataset_dir, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("both_phases")
+    done = run(ONLINE, dataset_dir, run_dir, *BOTH_PHASES)
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir)
+
+
+def test_killed_in_the_offline_phase(both_phases, dataset_dir, tmp_path):
+    """Nothing of the online phase is lost, so that this run, too, ends as one never killed."""
+    run_dir = tmp_path / "killed"
+    process = start(ONLINE, dataset_dir, run_dir, *BOTH_PHASES)
+    wait_for(has_checkpoint, run_dir, process)
+    stop(process, signal.SIGKILL, longest_wait=0.3)
+    assert process.returncode == -signal.SIGKILL
+    killed = folder_of(run_dir)
+    assert not has_online_rows(killed)
+    done = resume(killed)
+    assert done.returncode == 0, done.stderr
+    assert_same_states(both_phases, killed)
+    assert_same_rows(both_phases, killed, "metrics.csv", "eval.csv", "episodes.csv")
+
+
+def stop_in_first_episode(dataset_dir, run_dir, how):
+    """Stop a run in the middle of its first episode online, half of each batch of which is online.
+
+    Returns the run's folder, its saved transitions and what was printed.
+    """
+    flags = "--offline-steps 0 --balanced-sampling --utd-ratio 2".split()
+    process = start(ONLINE, dataset_dir, run_dir, *BOTH_PHASES, *flags)
+    wait_for(has_online_rows, run_dir, process)
+    printed = stop(process, how)
+    check_stopped(process, how, printed, run_dir)
+    folder = folder_of(run_dir)
+    saved = online_rows(folder)
+    assert 0 < len(saved["rewards"]) < 500
+    assert not saved["terminals"][:-1].any()
+    return folder, saved, printed
+
+
+def check_online_rows(folder, saved):
+    """Every saved step stayed, its episode ended where it was cut, and a new one began."""
+    count = len(saved["rewards"])
+    online = online_rows(folder)
+    assert len(online["rewards"]) == 1500
+    for name, array in saved.items():
+        np.testing.assert_array_equal(online[name][:count], array)
+    assert np.flatnonzero(online["terminals"]).tolist() == [count - 1, count + 999, 1499]
+    # The cut episode keeps its bootstrap: its task is not solved.
+    assert online["masks"][count - 1] == 1
+    # The new one starts where the first one did, within a cell of the maze.
+    distance = online["observations"][count] - online["observations"][0]
+    assert np.abs(distance).max() < 2
+    episode_steps = [int(row["step"]) for row in read_rows(folder / "episodes.csv")]
+    assert episode_steps == [count + 1000]
+    eval_steps = [int(row["step"]) for row in read_rows(folder / "eval.csv")]
+    assert eval_steps == [1000, 1500]
+
+
+def test_stopped_in_the_middle_of_an_episode(dataset_dir, tmp_path):
+    stopped, saved, printed = stop_in_first_episode(
+        dataset_dir, tmp_path / "stopped", signal.SIGTERM
+    )
+    done = go_on(signal.SIGTERM, printed, stopped)
+    assert done.returncode == 0, done.stderr
+    check_online_rows(stopped, saved)
+
+
+def test_killed_in_the_middle_of_an_episode(dataset_dir, tmp_path):
+    """What comes after the kill depends on the checkpoint alone."""
+    killed, saved, _ = stop_in_first_episode(dataset_dir, tmp_path / "killed", signal.SIGKILL)
+    # A killed run may have seen an episode end after its checkpoint. That episode never was.
+    row = f"{len(saved['rewards']) + 1},1,0.0,-1000.0,1000.0,1.0\n"
+    (killed / "episodes.csv").write_text("step,seed,success,return,length,wall_seconds\n" + row)
+    twin = shutil.copytree(killed, tmp_path / "twin")
+    for folder in (killed, twin):
+        done = resume(folder)
+        assert done.returncode == 0, done.stderr
+    assert_same_states(killed, twin)
+    assert_same_rows(killed, twin, "metrics.csv", "eval.csv", "episodes.csv")
+    check_online_rows(killed, saved)
+
+
+def test_intervals_and_overlap_do_not_change_the_online_phase(
+    both_phases, dataset_dir, tmp_path, monkeypatch
+):
+    """Other marks at which a chunk is interrupted, and every dispatch waited for."""
+    monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+    intervals = "--log-every 13 --eval-every 777 --checkpoint-every 191".split()
+    done = run(ONLINE, dataset_dir, tmp_path, *BOTH_PHASES, *intervals)
+    assert done.returncode == 0, done.stderr
+    assert_same_states(both_phases, folder_of(tmp_path))
+    assert_same_rows(both_phases, folder_of(tmp_path), "episodes.csv")
