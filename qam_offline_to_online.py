@@ -732,10 +732,11 @@ def make_buffer(args, paths, env, online):
     """(replay buffer on the device, rows of data): all shards, online rows so far, empty rows."""
     parts = [load_dataset(args, path, env) for path in paths]
     num_data = sum(len(part.rewards) for part in parts)
+    capacity = max(args.online_steps, len(online.get("rewards", ())))
     columns = {}
     for name in Dataset._fields:
         column = np.concatenate([getattr(part, name) for part in parts])
-        empty = np.zeros((args.online_steps, *column.shape[1:]), np.float32)
+        empty = np.zeros((capacity, *column.shape[1:]), np.float32)
         if online:
             empty[: len(online[name])] = online[name]
         columns[name] = np.concatenate([column, empty])
