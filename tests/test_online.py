@@ -1,272 +1,305 @@
-"""qam_offline_to_online.py: its replay buffer, its transitions, and real runs through both phases."""
+"""qam_offline_to_online.py: its replay buffer, its transitions, and runs through both phases."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import mujoco
 import numpy as np
 import pytest
-from conftest import DOMAIN, ROOT, command
+from conftest import DOMAIN, ROOT, command, folder_of, read_rows, read_states, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import folder_of, rows
+from numpy.testing import assert_array_equal
+from refusals import parse, refusal
 
 import qam_offline_to_online as qam
 
 SCRIPT = "qam_offline_to_online.py"
-HORIZON, DATA, CAPACITY = 3, 7, 11  # rows of data; of online steps before the ring begins anew
-add, gather = jax.jit(qam.add_transitions), jax.jit(qam.gather_chunks, static_argnums=(2, 3))
+TASK = f"{DOMAIN}-task4"
+KEY = jax.random.key(0)
+
+# ------------------------------------------------------------------------------------ the buffer
+
+HORIZON = 3
+NUM_DATA = 7
+CAPACITY = 30
 
 
-def chunk_of_rows(first, ends, masks):
-    """Rows first, first + 1, .. as they would be written: the observation is the row's number in time."""
-    numbers = np.arange(first, first + HORIZON, dtype=np.float32)
-    columns = (numbers[:, None], numbers[:, None], numbers, masks, ends, numbers[:, None] + 0.5)
-    return qam.Dataset(*(np.asarray(column, np.float32) for column in columns))
+def rows_of(first, episode, count, ended):
+    """Rows first, first + 1, .. of an episode. An observation is (episode, row)."""
+    rows = np.arange(first, first + count, dtype=np.float32)
+    ones = np.ones(count, np.float32)
+    ends = np.zeros(count, np.float32)
+    ends[-1] = ended
+    return qam.Dataset(
+        observations=np.stack([episode * ones, rows], axis=1),
+        actions=rows[:, None],
+        rewards=ones,
+        masks=ones,
+        terminals=ends,
+        next_observations=np.stack([episode * ones, rows + 1], axis=1),
+    )
 
 
 def buffer_of_data():
-    """Data: rows -7 .. -1, two episodes."""
-    numbers = np.arange(-DATA, 0, dtype=np.float32)
-    ends = np.isin(numbers, (-4, -1))
-    columns = (numbers[:, None], numbers[:, None], numbers, numbers * 0 + 1, ends, numbers[:, None] + 0.5)
-    return qam.make_buffer([qam.Dataset(*(np.asarray(x, np.float32) for x in columns))], {}, CAPACITY)
+    """Two episodes of data, and empty rows."""
+    parts = [
+        rows_of(0, episode=1, count=4, ended=True),
+        rows_of(4, episode=2, count=3, ended=True),
+        rows_of(0, episode=0, count=CAPACITY, ended=False),
+    ]
+    return jax.device_put(jax.tree.map(lambda *columns: np.concatenate(columns), *parts))
 
 
-WRITES = st.lists(st.tuples(st.integers(1, HORIZON), st.sampled_from(["goes on", "cut", "solved"])), max_size=16)
+def check_chunks(buffer, starts, num_rows):
+    """Each is cut where its episode ends, and before the last row that is written."""
+    batch = qam.gather_chunks(buffer, starts, HORIZON, 1.0)
+    episode, row = batch.observations.T
+    last_episode, row_after_last = batch.next_observations.T
+    assert_array_equal(row, starts)
+    assert_array_equal(last_episode, episode)
+    assert row_after_last.max() <= num_rows
+    length = row_after_last - row
+    assert_array_equal(batch.rewards, length)
+    assert_array_equal(batch.valid, length == HORIZON)
 
 
-@settings(max_examples=60, deadline=None)
-@given(WRITES)
-def test_every_chunk_of_the_buffer_is_a_piece_of_one_episode(writes):
-    """Random episodes, written piece by piece around the ring; after each piece, every chunk that can be sampled."""
-    buffer, num_data = buffer_of_data()
-    assert num_data == DATA and len(buffer.rewards) == DATA + CAPACITY
-    written, continues = 0, False
-    place = {n: n + DATA for n in range(-DATA, 0)}  # number in time -> row
-    ends, masks = {n: n in (-4, -1) for n in place}, dict.fromkeys(place, 1.0)
-    for count, fate in writes:
-        end, mask = np.zeros(HORIZON), np.ones(HORIZON)
-        end[count - 1 :], mask[count - 1 :] = fate != "goes on", fate != "solved"  # what lies beyond `count` is dropped
-        rows_ = chunk_of_rows(written, end, mask)
-        buffer = add(buffer, rows_, count, num_data, written, continues)
-        for i in range(count):
-            place[written + i], ends[written + i], masks[written + i] = (
-                DATA + (written + i) % CAPACITY, bool(end[i]), mask[i],
-            )  # fmt: skip
-        written, continues = written + count, fate == "goes on"
-        held = {row: n for n, row in place.items() if n < 0 or n >= written - CAPACITY}  # row -> number in time
-        firsts = np.arange(0, DATA + min(written, CAPACITY) - HORIZON + 1)
-        batch = gather(buffer, firsts, HORIZON, 0.5)
-        for first, valid, reward, next_, m in zip(
-            firsts, batch.valid, batch.rewards, batch.next_observations, batch.masks, strict=True
-        ):
-            numbers = [held[first]]  # the chunk as it should be cut: up to the episode's end or the write position
-            while len(numbers) < HORIZON and not ends[numbers[-1]] and numbers[-1] + 1 != written:
-                numbers.append(numbers[-1] + 1)
-                assert held[first + len(numbers) - 1] == numbers[-1]  # true of every buffer that is written like this
-            assert valid == (len(numbers) == HORIZON)
-            assert next_[0] == numbers[-1] + 0.5 and m == min(masks[n] for n in numbers)
-            np.testing.assert_allclose(reward, sum(0.5**i * n for i, n in enumerate(numbers)), rtol=1e-6)
+PIECES = st.lists(st.tuples(st.integers(1, HORIZON), st.booleans()), min_size=1, max_size=10)
 
 
-def test_rows_are_written_in_place():
-    buffer, num_data = buffer_of_data()
-    pointers = [array.unsafe_buffer_pointer() for array in buffer]
-    write = jax.jit(qam.add_transitions, donate_argnums=0)
-    buffer = write(buffer, chunk_of_rows(0, np.zeros(HORIZON), np.ones(HORIZON)), 2, num_data, 0, False)
-    assert [array.unsafe_buffer_pointer() for array in buffer] == pointers
+@settings(max_examples=30, deadline=None)
+@given(PIECES, st.integers(0, 2**31 - 1))
+def test_every_sampled_chunk_is_a_piece_of_one_episode(pieces, seed):
+    """Random episodes, written piece by piece; samples after each piece."""
+    buffer = buffer_of_data()
+    num_online = 0
+    episode = 3
+    for count, ended in pieces:
+        position = NUM_DATA + num_online
+        rows = rows_of(position, episode, count, ended)
+        buffer = qam.add_transitions(buffer, rows, position)
+        num_online += count
+        episode += ended
+        for balanced in (False, True):
+            args = qam.Args(batch_size=64, horizon=HORIZON, balanced_sampling=balanced)
+            starts = qam.sample_starts(args, jax.random.key(seed), NUM_DATA, num_online)
+            check_chunks(buffer, starts, NUM_DATA + num_online)
 
 
-def test_samples_come_from_where_they_should():
-    plain, balanced = (qam.Args(batch_size=4001, horizon=HORIZON, balanced_sampling=b) for b in (False, True))
-    sample = lambda args, online: np.asarray(qam.sample_indices(args, jax.random.key(0), 20, online))
-    assert set(sample(plain, 9)) == set(range(20 + 9 - HORIZON + 1))
-    np.testing.assert_array_equal(sample(plain, 0), sample(balanced, 0))  # offline
-    drawn = sample(balanced, 9)
-    assert (drawn >= 20).sum() == 2000 and set(drawn) == {*range(20 - HORIZON + 1), *range(20, 20 + 9 - HORIZON + 1)}
-    assert set(sample(balanced, 1)) == {*range(20 - HORIZON + 1), 20}  # fewer online rows than a chunk
+def sampled(balanced, num_online):
+    args = qam.Args(batch_size=4001, horizon=HORIZON, balanced_sampling=balanced)
+    return qam.sample_starts(args, KEY, 20, num_online).tolist()
+
+
+def test_samples_come_from_everywhere():
+    assert set(sampled(False, 9)) == {*range(20 + 9 - HORIZON + 1)}
+    assert set(sampled(False, 0)) == {*range(20 - HORIZON + 1)}
+
+
+def test_balanced_samples_are_half_online():
+    starts = sampled(True, 9)
+    assert set(starts[:2000]) == {*range(20, 20 + 9 - HORIZON + 1)}
+    assert set(starts[2000:]) == {*range(20 - HORIZON + 1)}
+    # Fewer online rows than a chunk has.
+    assert set(sampled(True, HORIZON - 1)) == {*range(20 - HORIZON + 1)}
+
+
+# --------------------------------------------------------------------------------- transitions
 
 
 def set_state(env, data, row):
     """Put an OGBench environment into the state of a row of a dataset file."""
     env = env.unwrapped
-    if hasattr(env, "_data"):  # manipulation
-        env._data.qpos[:], env._data.qvel[:] = data["qpos"][row], data["qvel"][row]
-        if "button_states" in data:
-            env._cur_button_states[:] = data["button_states"][row]
-            env._apply_button_states()
-        mujoco.mj_forward(env._model, env._data)
-        env.pre_step()
-        env.post_step()
-    else:
-        env.set_state(data["qpos"][row].astype(float), data["qvel"][row].astype(float))
+    qpos = data["qpos"][row].astype(float)
+    qvel = data["qvel"][row].astype(float)
+    if not hasattr(env, "_data"):  # a maze
+        env.set_state(qpos, qvel)
+        return
+    env._data.qpos[:] = qpos
+    env._data.qvel[:] = qvel
+    if "button_states" in data:
+        env._cur_button_states[:] = data["button_states"][row]
+        env._apply_button_states()
+    mujoco.mj_forward(env._model, env._data)
+    env.pre_step()
+    env.post_step()
 
 
-@pytest.mark.parametrize("env_id", [f"{DOMAIN}-task4", "scene-play-task1", "cube-double-play-task1"])
+def put_cubes_on_their_targets(args, data):
+    """One in the first 20 rows, both in the last ten of them: such states are rare."""
+    env = qam.make_env(args)
+    env.reset(seed=0)
+    first, second = env.unwrapped._data.mocap_pos
+    data["qpos"][:20, 14:17] = first
+    data["qpos"][10:20, 21:24] = second
+
+
+def some_rows(dataset):
+    """Some of every reward, and some that solve the task."""
+    chosen = set()
+    shuffled = np.random.default_rng(0).permutation(len(dataset.rewards))
+    for reward in np.unique(dataset.rewards):
+        of_reward = shuffled[dataset.rewards[shuffled] == reward]
+        chosen.update(of_reward[:15].tolist())
+    solved = np.flatnonzero(dataset.masks == 0)
+    chosen.update(solved[:15].tolist())
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def path_of(dataset_dir, tmp_path_factory):
+    """path_of(args): a collected dataset of the domain, in which the task is solved at times."""
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(dataset_dir / f"{DOMAIN}-v0.npz", folder)
+
+    def path_of(args):
+        domain, _, name = qam.parse_env_id(args.env_id)
+        path = folder / f"{name}.npz"
+        if path.exists():
+            return path
+        tool = ROOT / "tools/collect_dataset.py"
+        line = [sys.executable, tool, domain, "--episodes", "1", "--out-dir", folder]
+        subprocess.run(line, check=True, capture_output=True)
+        if domain.startswith("cube-double"):
+            data = dict(np.load(path))
+            put_cubes_on_their_targets(args, data)
+            np.savez(path, **data)
+        return path
+
+    return path_of
+
+
+@pytest.mark.parametrize("env_id", [TASK, "scene-play-task1", "cube-double-play-task1"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, sparse, dataset_dir, tmp_path_factory):
-    """The same states, from collected data: once through load_dataset, once through the environment."""
-    name, folder = qam.split_env_id(env_id)[2], dataset_dir
-    if DOMAIN not in env_id:
-        folder = tmp_path_factory.getbasetemp() / "manipulation"
-        if not (folder / f"{name}.npz").exists():
-            tool = [sys.executable, ROOT / "tools/collect_dataset.py", name, "--episodes", "1", "--out-dir", folder]
-            subprocess.run(tool, check=True, capture_output=True)
+def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, sparse, path_of):
+    """The same states, through load_dataset and through the environment."""
     args = qam.Args(env_id=env_id, horizon=1, sparse=sparse)
-    env = qam.ChunkedEpisode(qam.split_env_id(env_id)[1], 1)
-    data = dict(np.load(folder / f"{name}.npz"))
-    if "cube-double" in env_id:  # states in which one cube, and both, are where the task wants them
-        env.reset(seed=0)
-        data["qpos"][:20, 14:17], data["qpos"][10:20, 21:24] = env.unwrapped._data.mocap_pos
-        folder = tmp_path_factory.mktemp("solved")
-        np.savez(folder / f"{name}.npz", **data)
-    dataset = qam.load_dataset(args, folder / f"{name}.npz", env)
-    assert set(np.unique(dataset.rewards)) <= {-1, 0} or not sparse
-    kept = np.flatnonzero(~data["terminals"])  # a file's last row of each episode is no transition
-    rewards = np.random.default_rng(0).permutation(len(kept))
-    chosen = [i for r in np.unique(dataset.rewards) for i in rewards[dataset.rewards[rewards] == r][:15]]
-    solved = np.flatnonzero(dataset.masks == 0)[:15]
-    for i in {*chosen, *solved}:
-        env.reset(seed=int(i))
-        set_state(env, data, kept[i])
-        transition, count, ended = qam.play(args, env, dataset.observations[i], dataset.actions[i : i + 1])
-        assert count == 1 and transition.rewards[0] == dataset.rewards[i], (i, dataset.rewards[i])
-        assert transition.masks[0] == dataset.masks[i] and ended == (dataset.masks[i] == 0)
-        np.testing.assert_array_equal(transition.actions[0], dataset.actions[i])
+    env = qam.ChunkedEpisode(args)
+    path = path_of(args)
+    data = dict(np.load(path))
+    dataset = qam.load_dataset(args, path, qam.make_env(args))
+    # A file's last row of an episode is no transition.
+    rows = np.flatnonzero(~data["terminals"])
+    for i in some_rows(dataset):
+        env.reset(seed=i)
+        set_state(env, data, rows[i])
+        played, ended = qam.play(args, env, dataset.observations[i], dataset.actions[i : i + 1])
+        assert played.rewards == dataset.rewards[i]
+        assert played.masks == dataset.masks[i]
+        assert ended == (dataset.masks[i] == 0)
+        assert_array_equal(played.actions[0], dataset.actions[i])
     assert len(np.unique(dataset.rewards)) > 1 or sparse
-    assert len(solved) or not ("cube" in env_id or DOMAIN in env_id)
+    assert 0 in dataset.masks or env_id.startswith("scene")
 
 
 def test_time_limit_ends_the_chunk_and_keeps_the_bootstrap():
-    env = qam.ChunkedEpisode(qam.split_env_id(f"{DOMAIN}-task4")[1], 4)
+    args = qam.Args(env_id=TASK, horizon=4)
+    env = qam.ChunkedEpisode(args)
     observation, _ = env.reset(seed=0)
-    for step in range(0, 1000, 3):
-        part, count, ended = qam.play(qam.Args(horizon=4), env, observation, np.zeros((3, 2)))
-        observation = part.next_observations[count - 1]
-        assert count == (1 if step == 999 else 3) and ended == (step == 999)
-    assert part.rewards.shape == (4,) and part.terminals[0] == 1 and part.masks[0] == 1
-    assert env.scores["length"] == 1000
+    for _ in range(333):
+        rows, ended = qam.play(args, env, observation, np.zeros((3, 2)))
+        assert len(rows.rewards) == 3
+        assert not ended
+        observation = rows.next_observations[-1]
+    rows, ended = qam.play(args, env, observation, np.zeros((3, 2)))
+    assert ended
+    assert (rows.terminals.tolist(), rows.masks.tolist()) == ([1.0], [1.0])
+    assert env.scores.tolist() == [0.0, -1000.0, 1000.0]
 
 
-ONLINE = "--online-steps 1500 --start-training 40 --eval-every 500 --log-every 100".split()
+# -------------------------------------------------------------------------------------- real runs
 
-
-def run(dataset_dir, run_dir, *flags, **variables):
-    line = command(SCRIPT, dataset_dir, run_dir, *ONLINE, *flags)
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | variables)
-    assert done.returncode == 0, done.stderr
-    return folder_of(run_dir)
+FLAGS = "--online-steps 1500 --start-training 40 --eval-every 500 --log-every 100".split()
 
 
 @pytest.fixture(scope="module")
 def both_phases(dataset_dir, tmp_path_factory):
-    return run(dataset_dir, tmp_path_factory.mktemp("online"))
+    run_dir = tmp_path_factory.mktemp("online")
+    done = run(SCRIPT, dataset_dir, run_dir, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return folder_of(run_dir)
 
 
-def states_of(folder):
-    return qam.load_checkpoint(folder)["states"]
+def test_evaluations_and_metrics_of_both_phases(both_phases):
+    evals = read_rows(both_phases / "eval.csv")
+    marks = [(row["step"], row["phase"]) for row in evals]
+    online = [(step, "online") for step in ("500", "1000", "1500", "1560")]
+    assert marks == [("60", "offline"), *online]
+    metrics = read_rows(both_phases / "metrics.csv")
+    assert [row["step"] for row in metrics] == [str(step) for step in range(200, 1501, 100)]
+    numbers = [float(value) for row in metrics for value in row.values()]
+    assert np.isfinite(numbers).all()
+    (episode,) = read_rows(both_phases / "episodes.csv")
+    scores = (episode["step"], episode["success"], episode["return"], episode["length"])
+    assert scores == ("1060", "0.0", "-1000.0", "1000.0")
 
 
-def test_run_through_both_phases(both_phases):
-    evals, metrics = (rows(both_phases / f"{name}.csv") for name in ("eval", "metrics"))
-    marks = [(int(row["step"]), row["phase"]) for row in evals]
-    assert marks == [(60, "offline"), *((step, "online") for step in (500, 1000, 1500, 1560))]
-    assert [int(row["step"]) for row in metrics] == list(range(100, 1501, 100))
-    assert all(np.isfinite(float(number)) for row in metrics for number in row.values())
-    (episode,) = rows(both_phases / "episodes.csv")
-    assert (episode["step"], episode["length"], episode["return"], episode["success"]) == (
-        "1060",
-        "1000",
-        "-1000.0",
-        "0.0",
-    )
-    states = states_of(both_phases)
-    assert states["step"] == 60 + 1500 - 40  # an update a step, from step 40 on
+def test_states_after_both_phases(both_phases):
+    """An update per environment step from step 40 on, by the chunk; every step in the buffer."""
+    states = read_states(both_phases)
+    called_for = 60 + 1500 - 40
+    assert called_for - 2 * 4 <= states["step"] <= called_for
     online = qam.Dataset(**states["online"])
-    assert len(online.rewards) == 1500 and np.flatnonzero(online.terminals).tolist() == [999, 1499]
-    assert (online.masks == 1).all() and np.abs(online.actions).max() < 1
-    same_episode = np.flatnonzero(online.terminals[:-1] == 0)
-    np.testing.assert_array_equal(online.next_observations[same_episode], online.observations[same_episode + 1])
-    line = [sys.executable, ROOT / SCRIPT, "--eval-only", both_phases, "--eval-envs", "1"]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
-    assert done.returncode == 0 and "step 1560  seed 1  phase online  success_rate" in done.stdout, done.stderr
+    assert len(online.rewards) == 1500
+    assert np.flatnonzero(online.terminals).tolist() == [999, 1499]
+    assert (online.masks == 1).all()
+    assert np.abs(online.actions).max() < 1
+    goes_on = np.flatnonzero(online.terminals[:-1] == 0)
+    assert_array_equal(online.next_observations[goes_on], online.observations[goes_on + 1])
 
 
-def test_overlap_changes_nothing(both_phases, dataset_dir, tmp_path):
-    """The same run with every dispatch waited for, and with other marks at which a chunk is interrupted."""
-    other = "--eval-every 333 --log-every 7 --checkpoint-every 91".split()
-    folder = run(dataset_dir, tmp_path, *other, JAX_CPU_ENABLE_ASYNC_DISPATCH="false")
-    jax.tree.map(np.testing.assert_array_equal, states_of(both_phases), states_of(folder))
-
-
-def test_offline_phase_is_qam_offline(both_phases, dataset_dir, tmp_path):
-    """From a finished run of qam_offline.py: the same in the end as with an offline phase of its own."""
-    line = command("qam_offline.py", dataset_dir, tmp_path / "offline", "--eval-every", "60")
-    assert subprocess.run(line, capture_output=True).returncode == 0
-    source = folder_of(tmp_path / "offline")
-    folder = run(dataset_dir, tmp_path / "online", "--offline-checkpoint", str(source))
-    jax.tree.map(np.testing.assert_array_equal, states_of(both_phases), states_of(folder))
-    assert [row["step"] for row in rows(folder / "eval.csv")] == ["60", "500", "1000", "1500", "1560"]
-    line = command(SCRIPT, dataset_dir, tmp_path, "--offline-checkpoint", str(source), "--tau", "0.1", "--seed", "5")
+def test_from_an_offline_checkpoint_it_ends_as_with_its_own_offline_phase(
+    both_phases, finished_run, tmp_path
+):
+    line = [sys.executable, ROOT / SCRIPT, "--offline-checkpoint", finished_run]
+    line += ["--run-dir", tmp_path, *FLAGS]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and "--seed 1" in done.stderr and "--tau 0.005" in done.stderr
-    unfinished = json.loads((source / "args.json").read_text()) | {"offline_steps": 90}
-    (source / "args.json").write_text(json.dumps(unfinished))
-    line = command(SCRIPT, dataset_dir, tmp_path, "--offline-checkpoint", str(source))
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path)
+    jax.tree.map(assert_array_equal, read_states(folder), read_states(both_phases))
+    steps = [row["step"] for row in read_rows(folder / "eval.csv")]
+    assert steps == ["60", "500", "1000", "1500", "1560"]
+
+
+def test_offline_checkpoint_that_does_not_fit(finished_run, tmp_path, capsys):
+    source = str(finished_run)
+    flags = ("--offline-checkpoint", source)
+    assert "another tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
+    args = parse(qam, *flags, "--seed", "5")
+    assert "no seed 5" in refusal(capsys, qam.restore_run, args, None, source)
+
+
+def test_offline_checkpoint_of_an_unfinished_run(finished_run, dataset_dir, tmp_path):
+    source = shutil.copytree(finished_run, tmp_path / "source")
+    saved = json.loads((source / "args.json").read_text())
+    saved["offline_steps"] = 90
+    (source / "args.json").write_text(json.dumps(saved))
+    line = [sys.executable, ROOT / SCRIPT, "--offline-checkpoint", source]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and "finish that run, now at update 60" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "finish that run first, now at 60" in done.stderr
 
 
-def test_killed_online_it_loses_no_step_that_was_saved(dataset_dir, tmp_path):
-    """kill -9 in the middle of an episode: its steps stay, it ends where it was cut, and a new one begins."""
-    flags = "--offline-steps 0 --checkpoint-every 100 --balanced-sampling --utd-ratio 2".split()
-    line = command(SCRIPT, dataset_dir, tmp_path / "cut", *ONLINE, *flags)
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "cut").glob("*/checkpoint.previous.msgpack")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    cut = folder_of(tmp_path / "cut")
-    saved = states_of(cut)["online"]
-    count = len(saved["rewards"])
-    assert count % 100 == 0 and 0 < count < 1000
-    (cut / "episodes.csv").write_text("step,seed\n77,1\n")  # an episode that ended after the checkpoint
-    twin = shutil.copytree(cut, tmp_path / "twin")
-    for folder in (cut, twin):
-        line = [sys.executable, ROOT / SCRIPT, "--resume", folder, "--dataset-dir", dataset_dir]
-        done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    jax.tree.map(np.testing.assert_array_equal, states_of(cut), states_of(twin))
-    states = states_of(cut)
-    assert states["step"] == 2 * (1500 - 40)
-    for name, array in saved.items():
-        np.testing.assert_array_equal(states["online"][name][:count], array)
-    ends = np.flatnonzero(states["online"]["terminals"])
-    assert ends.tolist() == [count - 1, count + 999, 1499][: 3 if count < 500 else 2]
-    assert [int(row["step"]) for row in rows(cut / "episodes.csv")] == [end + 1 for end in ends if end - count == 999]
-    start = states["online"]["observations"][[0, count]]
-    assert np.abs(start[0] - start[1]).max() < 2 and saved["terminals"][-1] == 1  # near the maze's start again
-    assert [row["step"] for row in rows(cut / "eval.csv")] == ["500", "1000", "1500"]
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--online-steps 0", "--online-steps must be at least 1"),
+        ("--offline-steps -1", "--offline-steps must be at least 0"),
+        ("--utd-ratio 0", "--utd-ratio must be at least 1"),
+        ("--start-training -1", "--start-training must be at least 0"),
+        ("--offline-checkpoint /nowhere", "/nowhere"),
+    ],
+)
+def test_bad_flags_are_named(flags, words, capsys):
+    assert words in refusal(capsys, parse, qam, *flags.split())
 
 
-def test_bad_flags_end_in_one_sentence(tmp_path, capsys):
-    for args, words in (
-        (dict(num_seeds=2), "--num-seeds"),
-        (dict(online_steps=0), "--online-steps"),
-        (dict(offline_steps=-1), "--offline-steps"),
-        (dict(utd_ratio=0), "--utd-ratio"),
-        (dict(offline_checkpoint=str(tmp_path)), "--offline-checkpoint"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            qam.main(qam.Args(env_id=f"{DOMAIN}-task4", **args))
-        printed = capsys.readouterr().err
-        assert stopped.value.code == 2 and words in printed and printed.count("\n") == 1
+def test_several_seeds_are_refused(dataset_dir, tmp_path):
+    line = command(SCRIPT, dataset_dir, tmp_path, "--num-seeds", "2")
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--num-seeds must be 1" in done.stderr
