@@ -1,35 +1,93 @@
-"""A real, tiny run of every script: two seeds, the files it leaves, its checkpoint scored again."""
+"""A real, tiny run of every script that has no tests of its own for it, scored again."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command
-from test_run import folder_of, rows
+from conftest import ROOT, folder_of, read_rows, run
 
-from tools import sync_shared
+SCRIPTS = [
+    "qam_diffusion_variant.py",
+    "baselines/fql.py",
+    "baselines/dsrl.py",
+    "baselines/fbrac.py",
+    "baselines/bam.py",
+]
+WITHOUT_BEHAVIOR = "baselines/fbrac.py"
 
-TESTED = {sync_shared.FIRST, "qam_offline_to_online.py"}  # these have tests of their own
-SCRIPTS = [path for path in sync_shared.find_scripts(ROOT) if path not in TESTED]
+
+@pytest.fixture(scope="module")
+def folders(dataset_dir, tmp_path_factory):
+    """{script: folder of a run with two seeds that acts by the best of two chunks}"""
+    flags = (
+        "--num-seeds 2 --best-of-n 2 --hidden-dims 8 --eval-envs 1 "
+        "--offline-steps 20 --eval-every 20 --log-every 10"
+    )
+    found = {}
+    for script in SCRIPTS:
+        run_dir = tmp_path_factory.mktemp("script")
+        done = run(script, dataset_dir, run_dir, *flags.split())
+        assert done.returncode == 0, done.stderr
+        found[script] = folder_of(run_dir)
+    return found
+
+
+def evaluate(*words):
+    line = [sys.executable, ROOT / "tools/evaluate.py", *words, "--envs", "2"]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def scores_printed(done, who):
+    """A dict of words for each line on standard output."""
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(rf"step (\S+) seed (\S+) {who} (.*)", done.stdout)
+    found = []
+    for step, seed, words in lines:
+        pairs = re.findall(r"(\S+) (\S+)", words)
+        found.append({"step": step, "seed": seed, **dict(pairs)})
+    assert len(found) == len(done.stdout.splitlines())
+    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script_runs(script, dataset_dir, tmp_path):
-    line = command(script, dataset_dir, tmp_path, "--num-seeds", "2", "--best-of-n", "2", "--eval-every", "60")
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    folder = folder_of(tmp_path)
-    metrics = rows(folder / "metrics.csv")
-    assert [(row["step"], row["seed"]) for row in metrics] == [(s, n) for s in ("20", "40", "60") for n in "12"]
-    assert {"critic_loss", "flow_loss", "policy_grad_norm", "updates_per_second"} <= metrics[0].keys()
-    assert all(np.isfinite(float(number)) for row in metrics for number in row.values())
-    assert metrics[-1]["critic_loss"] != metrics[-2]["critic_loss"]  # the seeds differ
-    assert [row["seed"] for row in rows(folder / "eval.csv")] == ["1", "2"]
-    again = [sys.executable, ROOT / script, "--eval-only", folder, "--eval-episodes", "1", "--eval-envs", "1"]
-    done = subprocess.run(list(map(str, again)), capture_output=True, text=True)
-    assert done.returncode == 0 and "success_rate" in done.stdout, done.stderr
-    other = subprocess.run(
-        [sys.executable, ROOT / sync_shared.FIRST, "--resume", folder], capture_output=True, text=True
-    )
-    assert other.returncode == 2 and "another script" in other.stderr
+def test_metrics_of_both_seeds(script, folders):
+    metrics = read_rows(folders[script] / "metrics.csv")
+    marks = [(row["step"], row["seed"]) for row in metrics]
+    assert marks == [("10", "1"), ("10", "2"), ("20", "1"), ("20", "2")]
+    names = {"critic_loss", "flow_loss", "grad_norm", "updates_per_second"}
+    assert names < metrics[0].keys()
+    numbers = [float(value) for row in metrics for value in row.values()]
+    assert np.isfinite(numbers).all()
+    assert metrics[2]["critic_loss"] != metrics[3]["critic_loss"]
+
+
+def test_evaluate_scores_them_as_they_did(folders):
+    """All in one call, by another number of processes."""
+    printed = scores_printed(evaluate(*folders.values()), "policy")
+    rows = []
+    for folder in folders.values():
+        rows += read_rows(folder / "eval.csv")
+    assert len(printed) == len(rows) == 2 * len(SCRIPTS)
+    for scores, row in zip(printed, rows, strict=True):
+        assert scores.items() <= row.items()
+
+
+def test_evaluate_scores_the_behavior_flow(folders):
+    """And keeps the scores in each run's folder."""
+    with_behavior = [folders[script] for script in SCRIPTS if script != WITHOUT_BEHAVIOR]
+    done = evaluate(*with_behavior, "--behavior", "--episodes", "1")
+    printed = scores_printed(done, "behavior")
+    assert [scores["seed"] for scores in printed] == ["1", "2"] * len(with_behavior)
+    for folder in with_behavior:
+        rows = read_rows(folder / "behavior.csv")
+        assert [(row["seed"], row["episodes"]) for row in rows] == [("1", "1"), ("2", "1")]
+
+
+def test_evaluate_tells_of_a_run_without_a_behavior_flow(folders):
+    done = evaluate(folders[WITHOUT_BEHAVIOR], "--behavior")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "has no behavior flow" in line
