@@ -18,8 +18,16 @@ SCRIPTS = [
 WITHOUT_BEHAVIOR = "baselines/fbrac.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    """Most of the time here is XLA's, and few updates follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
-def folders(dataset_dir, tmp_path_factory):
+def folders(dataset_dir, fast_compilation, tmp_path_factory):
     """{script: folder of a run with two seeds that acts by the best of two chunks}"""
     flags = (
         "--num-seeds 2 --best-of-n 2 --hidden-dims 8 --eval-envs 1 "
