@@ -65,6 +65,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -724,7 +725,9 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 def start_eval_envs(args):
     """The processes that play the evaluation's episodes; to be called in a thread of its own."""
-    # They inherit this thread's mask: Ctrl-C in a terminal is for the main process alone.
+    # They inherit this thread's mask: Ctrl-C in a terminal is for the main process alone. (The
+    # resource tracker would clear the mask when it starts, so it starts first.)
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return gymnasium.vector.AsyncVectorEnv(
         [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes),
@@ -1095,10 +1098,10 @@ def main(args):
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
     if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
-        laptop = "--hidden-dims 128 128 128 --num-critics 2 --flow-steps 5 --offline-steps 10000"
         print(
             "This size takes days without a GPU. For a laptop:\n"
-            f"python {sys.argv[0]} --env-id {args.env_id} {laptop}"
+            f"python {sys.argv[0]} --env-id {args.env_id}"
+            " --hidden-dims 128 128 128 --num-critics 2 --offline-steps 10000"
         )
 
     env = make_env(args)
