@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2",
-#     "tyro>=0.9.2", "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+#     "tyro>=1.0.16", "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
 #
 # [tool.uv]
 # override-dependencies = ["labmaze; python_version < '3.13'"]
