@@ -114,13 +114,13 @@ def available_cores():
 
 @dataclasses.dataclass
 class Args:
-    """Train a policy on an OGBench dataset.
+    """Train a policy on an OGBench dataset. Settings that are None take the paper's values.
 
-    On a GPU, the paper's settings: --env-id cube-double-play
-    On a laptop, minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
-      --num-critics 2 --flow-steps 5 --horizon 10 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
-      --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
-    Where a setting's default is None, it is the paper's value for the domain.
+    On a GPU: --env-id cube-double-play
+
+    On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
+    --num-critics 2 --flow-steps 5 --horizon 10 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
+    --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
     """
 
     env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
