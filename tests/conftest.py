@@ -16,9 +16,11 @@ import flax
 import pytest
 
 # Most runs below compile the same: the first one compiles for all, down to the smallest program.
-cache_dir = tempfile.mkdtemp(prefix="jax_cache_")
-atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
+# Workers of pytest-xdist find the folder that the process that started them has made.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    cache_dir = tempfile.mkdtemp(prefix="jax_cache_")
+    atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
