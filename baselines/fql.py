@@ -51,6 +51,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,6 @@ import tyro
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- arguments
-
 # The settings of all methods, and below those of this one.
 SHARED = ("horizon", "discount", "rho", "sparse")
 DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
@@ -483,8 +483,8 @@ def parse_env_id(env_id):
     # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
     pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
     domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
-    name, _, _ = domain.rpartition("-")  # without the kind of data: play, navigate, ..
-    if name.startswith(("visual", "powderworld")):
+    name = domain.rpartition("-")[0]  # without the kind of data: play, navigate, ..
+    if name.startswith("visual"):
         raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
     environment_id = f"{name}-singletask{task}-v0"
     try:
@@ -508,6 +508,7 @@ def paper_values(domain):
 def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
+    warnings.simplefilter("ignore")  # of missing displays and rounded bounds, in each process
     env = gymnasium.make(environment_id)
     # In place of a property of the class, which makes a new, unseeded action space each time.
     type(env.unwrapped).action_space = env.action_space
@@ -562,7 +563,7 @@ def download(name, path):
         with urllib.request.urlopen(url, timeout=20) as answer:
             part.write_bytes(answer.read())
         if zipfile.ZipFile(part).testzip():
-            raise zipfile.BadZipFile("a checksum in it is wrong")
+            raise OSError("a checksum in it is wrong")
         os.replace(part, path)
         return True
     except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
@@ -764,8 +765,11 @@ def write_file(path, content):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        saved = f"what was saved before is whole; {how_to_resume(path.parent)}"
-        fail(f"writing to {path} failed ({error}); {saved}", status=1)
+        fail(
+            f"writing to {path} failed ({error}); what was saved before is whole;"
+            f" {how_to_resume(path.parent)}",
+            status=1,
+        )
 
 
 def save_checkpoint(run_dir, states):
