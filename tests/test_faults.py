@@ -27,22 +27,21 @@ TASK = f"{DOMAIN}-task4"
 # Saved only when a run is stopped, or before its evaluation at the end.
 LONG = "--offline-steps 10000000 --checkpoint-every 10000000 --eval-every 10000000".split()
 
-# A minute of episodes after a few updates.
-LONG_EVALUATION = (
-    "--offline-steps 30 --eval-every 30 --checkpoint-every 30 --eval-episodes 1000"
-).split()
+# Evaluations of some seconds, with next to nothing between them.
+LONG_EVALUATIONS = "--offline-steps 60 --eval-every 30 --eval-episodes 60".split()
 
 
 @contextmanager
 def started(line, run_dir, **options):
     """A process in a group of its own whose output goes to files, killed when the block ends."""
     run_dir.mkdir(exist_ok=True)
+    environment = dict(os.environ)
+    environment.pop("PYTHONUNBUFFERED", None)  # users don't set it
+    options = {**options, "env": environment, "start_new_session": True}
     stdout = open(printed_by(run_dir), "w")
     stderr = open(errors_of(run_dir), "w")
     with stdout, stderr:
-        process = subprocess.Popen(
-            line, stdout=stdout, stderr=stderr, start_new_session=True, **options
-        )
+        process = subprocess.Popen(line, stdout=stdout, stderr=stderr, **options)
     try:
         yield process
     finally:
@@ -64,6 +63,12 @@ def wait_for(pattern, run_dir, process):
     while not list(run_dir.glob(f"*/{pattern}")):
         assert process.poll() is None, errors_of(run_dir).read_text()
         time.sleep(0.01)
+
+
+def wait_for_second_evaluation(run_dir, process):
+    """In the first one, the environments may still be starting."""
+    wait_for("eval.csv", run_dir, process)
+    time.sleep(0.3)
 
 
 def assert_stopped(process, run_dir, how):
@@ -114,10 +119,15 @@ def test_score_is_the_same_to_the_bit_for_any_number_of_processes(arm_data, tmp_
         assert expected in done.stdout
 
 
-def kill_an_evaluation_process(process):
+def evaluation_processes(process):
     line = ["pgrep", "-P", str(process.pid), "-f", "spawn_main"]
     children = subprocess.run(line, capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    return [int(child) for child in children]
+
+
+def kill_an_evaluation_process(process):
+    first, *_ = evaluation_processes(process)
+    os.kill(first, signal.SIGKILL)
 
 
 def assert_told_of_the_killed_process(process, run_dir):
@@ -141,10 +151,9 @@ def test_evaluation_process_killed_between_evaluations(dataset_dir, tmp_path):
 
 def test_evaluation_process_killed_during_an_evaluation(dataset_dir, tmp_path):
     run_dir = tmp_path / "runs"
-    line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATION)
+    line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATIONS)
     with started(line, run_dir) as process:
-        wait_for("checkpoint.msgpack", run_dir, process)
-        time.sleep(1)
+        wait_for_second_evaluation(run_dir, process)
         kill_an_evaluation_process(process)
         assert_told_of_the_killed_process(process, run_dir)
 
@@ -155,10 +164,13 @@ def test_evaluation_process_killed_during_an_evaluation(dataset_dir, tmp_path):
 def test_sigterm_to_the_whole_group_during_an_evaluation(dataset_dir, tmp_path):
     """As batch systems send it: to the environments' processes, too."""
     run_dir = tmp_path / "runs"
-    line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATION)
+    line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATIONS)
     with started(line, run_dir) as process:
-        wait_for("checkpoint.msgpack", run_dir, process)
-        time.sleep(1)
+        wait_for_second_evaluation(run_dir, process)
+        # Who gets it first is left to chance: here the main process does not.
+        for child in evaluation_processes(process):
+            os.kill(child, signal.SIGTERM)
+        time.sleep(0.2)
         os.killpg(process.pid, signal.SIGTERM)
         assert_stopped(process, run_dir, signal.SIGTERM)
 
@@ -191,17 +203,18 @@ def test_batch_systems_warning_to_a_run_under_nohup(dataset_dir, tmp_path):
 # ------------------------------------------------------------------------------ folders and output
 
 
-class TestWhileARunGoesOn:
-    @pytest.fixture(scope="class")
-    def running(self, dataset_dir, tmp_path_factory):
-        """(process, its run_dir) of a run that has logged and evaluated."""
-        run_dir = tmp_path_factory.mktemp("running")
-        flags = ("--eval-every", "200", "--eval-episodes", "1", "--eval-envs", "1")
-        line = command(SCRIPT, dataset_dir, run_dir, *LONG, *flags)
-        with started(line, run_dir) as process:
-            wait_for("eval.csv", run_dir, process)
-            yield process, run_dir
+@pytest.fixture(scope="class")
+def running(dataset_dir, tmp_path_factory):
+    """(process, its run_dir) of a run that has logged and evaluated."""
+    run_dir = tmp_path_factory.mktemp("running")
+    flags = ("--eval-every", "200", "--eval-episodes", "1", "--eval-envs", "1")
+    line = command(SCRIPT, dataset_dir, run_dir, *LONG, *flags)
+    with started(line, run_dir) as process:
+        wait_for("eval.csv", run_dir, process)
+        yield process, run_dir
 
+
+class TestWhileARunGoesOn:
     def test_its_output_to_a_file_is_there_at_once(self, running):
         """A line for each row, without carriage returns."""
         process, run_dir = running
