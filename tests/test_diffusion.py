@@ -75,8 +75,8 @@ def test_schedule_is_the_cosine_schedule(num_steps):
     abar, alpha, sigma = tables(num_steps)
     k = jnp.arange(1.0, num_steps + 1)
     schedule = diffusion.schedule(k, num_steps)
-    squares = np.array([abar, 1 - abar, alpha, 1 - alpha, sigma**2])
-    expected = np.sqrt(squares[:, 1:])
+    roots = np.sqrt([abar, 1 - abar, alpha, 1 - alpha])
+    expected = np.vstack([roots, sigma])[:, 1:]
     assert_allclose(schedule, expected, rtol=1e-6, atol=1e-9)
     of_column = diffusion.schedule(k[:, None], num_steps)
     assert_array_equal(of_column[..., 0], schedule)
@@ -261,8 +261,8 @@ def test_policy_loss_is_made_of_its_equations(case, monkeypatch):
         behavior = case.closure("behavior", params, batch.observations)
         policy = case.closure("policy", params, batch.observations)
         base = case.closure("behavior", case.target_params, batch.observations)
-        bc = (batch.actions, batch.valid, e, k.astype(float), 4)
-        flow_loss = diffusion.denoising_loss(behavior, *bc)
+        ks = k.astype(float)
+        flow_loss = diffusion.denoising_loss(behavior, batch.actions, batch.valid, e, ks, 4)
         xs = chain(policy, base, noise)
 
         def value(actions):

@@ -1,16 +1,20 @@
 """Tools and experiments, run for real at their smallest."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DOMAIN, ROOT
+from refusals import refusal
 
 from dev import benchmark
 from experiments import closed_form
+from tools import evaluate
 
 TINY = "--hidden-dims 32 32 --num-critics 3 --horizon 4 --flow-steps 3 --batch-size 32".split()
 
@@ -26,7 +30,8 @@ def run_benchmark(script, *flags):
 
 def test_benchmark_prints_one_json_object():
     """And its parts agree: MFU is operations times rate over the best multiplication rate."""
-    figures = run_benchmark("qam_offline.py", "--repeats", "2")
+    figures = run_benchmark("qam_offline.py", "--repeats", "2", "--num-seeds", "2")
+    assert figures["num_seeds"] == 2
     flow = (2 + 8 + 1) * 32 + 32 * 32 + 32 * 8
     critic = (2 + 8) * 32 + 32 * 32 + 32
     gflop = 2 * 32 * ((8 * 3 + 3) * flow + 6 * 3 * critic) / 1e9
@@ -40,14 +45,6 @@ def test_benchmark_prints_one_json_object():
     assert figures["compile_seconds"] > 0
 
 
-def test_benchmark_runs_several_seeds():
-    figures = run_benchmark(
-        "qam_offline.py", "--repeats", "1", "--skip-evaluation", "--num-seeds", "2"
-    )
-    assert figures["num_seeds"] == 2
-    assert figures["updates_per_second"] > 0
-
-
 def test_benchmark_counts_what_the_paper_size_costs():
     """61 GFLOP: 512x4, ten critics, 37 observations, D = 25, T = 10, batch 256."""
     flow = (37 + 25 + 1) * 512 + 3 * 512**2 + 512 * 25
@@ -58,8 +55,11 @@ def test_benchmark_counts_what_the_paper_size_costs():
 
 def test_benchmark_counts_kernels_alone():
     """Of a critic's ensemble too, whose biases have two axes."""
-    layers = {"Dense_0": {"kernel": np.zeros((3, 4, 5)), "bias": np.zeros((3, 5))}}
-    entries = benchmark.kernel_entries({"critic": layers, "log_beta": np.zeros(())})
+    kernel = np.zeros((3, 4, 5))
+    bias = np.zeros((3, 5))
+    critic = {"Dense_0": {"kernel": kernel, "bias": bias}}
+    params = {"critic": critic, "log_beta": np.zeros(())}
+    entries = benchmark.kernel_entries(params)
     assert entries == {"critic": 60, "log_beta": 0}
 
 
@@ -127,6 +127,38 @@ def test_the_target_is_behavior_times_exp_q():
     np.testing.assert_allclose(target.var(0), variance, atol=0.01)
 
 
+# ----------------------------------------------------------------------------- tools/evaluate.py
+
+
+def test_evaluate_tells_what_is_no_run(tmp_path, capsys):
+    assert "no run folder" in refusal(capsys, evaluate.read_record, tmp_path)
+    assert "is gone" in refusal(capsys, evaluate.load_script, tmp_path / "gone.py")
+    checkpoint = tmp_path / "checkpoint.msgpack"
+    assert "is not there" in refusal(capsys, evaluate.read_checkpoint, checkpoint)
+    checkpoint.write_bytes(bytes(100))
+    assert "is damaged" in refusal(capsys, evaluate.read_checkpoint, checkpoint)
+
+
+def test_evaluate_finds_a_script_that_has_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script = evaluate.load_script(tmp_path / "fql.py")
+    assert Path(script.__file__) == ROOT / "baselines/fql.py"
+
+
+def test_evaluate_takes_another_checkpoint(finished_run, tmp_path):
+    """And another number of episodes; the run's own folder stays as it was."""
+    checkpoint = tmp_path / "kept.msgpack"
+    shutil.copy(finished_run / "checkpoint.msgpack", checkpoint)
+    before = sorted(finished_run.iterdir())
+    line = [sys.executable, ROOT / "tools/evaluate.py", finished_run, "--checkpoint", checkpoint]
+    line += ["--episodes", "1"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scores = "success_rate 0.0 return -1000.0 length 1000.0 episodes 1"
+    assert done.stdout == f"step 60 seed 1 policy {scores}\n"
+    assert sorted(finished_run.iterdir()) == before
+
+
 # ---------------------------------------------------------------------- tools/collect_dataset.py
 
 
@@ -143,10 +175,10 @@ def test_of_two_collectors_one_waits(tmp_path):
     processes = [collect(tmp_path, 3), collect(tmp_path, 3)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    printed = sorted((out for out, _ in outputs), key=lambda out: "is already there" in out)
-    assert "3 episodes, 3003 steps" in printed[0]
-    assert "is already there, with 3 episodes" in printed[1]
-    assert "3003 steps" not in printed[1]
+    collected = ["3 episodes, 3003 steps" in out for out, _ in outputs]
+    waited = ["is already there, with 3 episodes" in out for out, _ in outputs]
+    assert sorted(collected) == [False, True]
+    assert waited == [not did for did in collected]
     with np.load(tmp_path / f"{DOMAIN}-v0.npz") as data:
         assert data["terminals"].sum() == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
