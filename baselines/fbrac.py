@@ -56,7 +56,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import resource_tracker
+from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -684,7 +684,7 @@ def evaluate(args, act, params, envs, key):
         episode = episode + envs.num_envs * ended
         playing = episode < num_episodes
         restart = ended & playing
-    success, total, length = results.mean(axis=0).tolist()
+    success, total, length = results.mean(axis=0)
     return {"success_rate": success, "return": total, "length": length, "episodes": num_episodes}
 
 
@@ -702,6 +702,9 @@ def evaluate_seeds(args, act, envs, run_dir, states, step):
             row = {"step": step, "seed": args.seed + i, "phase": "offline", **scores}
             rows.append({**row, "wall_seconds": seconds})
     except (EOFError, ConnectionError):
+        sys.unraisablehook = lambda _: None  # gymnasium's clean-up complains of the dead process
+        for process in active_children():  # or the others complain, too
+            process.terminate()
         time.sleep(1)  # a batch system stops all processes at once: its signal may be on the way
         if not stop_signals:
             fail(
@@ -930,7 +933,6 @@ def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
     """The offline phase: the states at its end, or where a stop was asked for; saved."""
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
     train = jax.jit(train, donate_argnums=0)
-    print("compiling the update")
     states, _ = train(states, dataset, 0)  # no update, and the program serves any number
     handle_signals(request_stop)
 
@@ -1031,7 +1033,7 @@ def main(args):
     write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
     for name, value in record.items():
         print(f"{name:22} {value}")
-    print(f"run folder: {run_dir}")
+    print(f"run folder: {run_dir}\ncompiling the update")
 
     envs = ThreadPoolExecutor(1).submit(start_eval_envs, args)  # while the update compiles
     evaluate_at = partial(evaluate_seeds, args, make_act(args, networks), envs, run_dir)
