@@ -178,7 +178,10 @@ def test_sigterm_to_the_whole_group_during_an_evaluation(dataset_dir, tmp_path):
 def test_closed_terminal(dataset_dir, tmp_path):
     run_dir = tmp_path / "runs"
     line = command(SCRIPT, dataset_dir, run_dir, *LONG)
+    # The tests themselves may run under nohup, whose children ignore SIGHUP.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with started(line, run_dir) as process:
+        signal.signal(signal.SIGHUP, before)
         wait_for("metrics.csv", run_dir, process)
         process.send_signal(signal.SIGHUP)
         assert_stopped(process, run_dir, signal.SIGHUP)
