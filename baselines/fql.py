@@ -550,13 +550,16 @@ def find_shards(folder, domain, name):
             shards.append(folder / file)
     if not shards:
         fail(f"--dataset-dir {folder} holds {files}: none is {name}.npz, or a shard of {domain}")
+    for path in shards:
+        if not zipfile.is_zipfile(path):  # cut short: the directory is at the end
+            fail(f"{path} is no whole npz file: mend it or take it away")
     return shards
 
 
 def download(name, path):
     """Fetch the official file; it takes its name only if it has arrived whole."""
     url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
-    part = path.with_name(f".{name}.{os.getpid()}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     print(f"downloading {url}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -574,13 +577,23 @@ def download(name, path):
 
 def load_dataset(args, path, env):
     """Read a file and label it with the task's rewards: numpy arrays, float32."""
-    unreadable = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+    damaged = (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    )
     try:
         data = ogbench.load_dataset(str(path), add_info=True)
         ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
-    except unreadable as error:
-        cure = "A field is missing, or the file is damaged: delete it or name other data"
-        fail(f"{path} can't be read: {error!r}. {cure}")
+    except damaged as error:
+        fail(
+            f"{path} can't be read: {error!r}. A field is missing, or the file is damaged: delete"
+            " it or name other data"
+        )
 
     problem = None
     dims = (data["observations"].shape[1:], data["actions"].shape[1:])
@@ -762,7 +775,7 @@ def how_to_resume(run_dir):
 
 def write_file(path, content):
     """Write a file so that it is there whole or not at all, whenever the process dies."""
-    part = path.with_name(f".{path.name}.part")
+    part = Path(f"{path}.part")
     try:
         part.write_bytes(content)
         os.replace(part, path)
@@ -784,7 +797,7 @@ def save_checkpoint(run_dir, states):
 
 def load_checkpoint(run_dir):
     """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
-    path = Path(run_dir) / "checkpoint.msgpack"
+    path = Path(f"{run_dir}/checkpoint.msgpack")
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         fail(f"{path} is {'damaged' if content else 'not there yet'}: start the run anew")
@@ -846,7 +859,7 @@ class RunLog:
 def read_run(run_dir):
     """A run's args.json, and its Args."""
     try:
-        record = json.loads((Path(run_dir) / "args.json").read_text())
+        record = json.loads(Path(f"{run_dir}/args.json").read_text())
         values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         saved = Args(**values)
@@ -898,15 +911,17 @@ def check_same_run(record, before):
     if record["jax_settings"] != before["jax_settings"]:
         fail(f"the run was started with {before['jax_settings']}: set that again to go on with it")
     if record["data"]["bytes"] != before["data"]["bytes"]:
-        data = f"{before['data']['path'][0]} ({before['data']['words']})"
-        fail(f"the run's data is {data}, not {record['data']['path'][0]}: see --dataset-dir")
+        fail(
+            f"the run's data is {before['data']['path'][0]} ({before['data']['words']}),"
+            f" not {record['data']['path'][0]}: see --dataset-dir"
+        )
 
 
 def open_run_folder(args):
     """The run's folder, made or found, and locked."""
     now = datetime.datetime.now()
     name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{now:%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or Path(args.run_dir) / name)
+    run_dir = Path(args.resume or f"{args.run_dir}/{name}")
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)

@@ -214,7 +214,7 @@ class Run:
     def part_time(self, name: str) -> int | None:
         """When a file was last half-written: it is there under this name until it is whole."""
         try:
-            return os.stat(f"{self.folder}/.{name}.part").st_mtime_ns
+            return os.stat(f"{self.folder}/{name}.part").st_mtime_ns
         except OSError:
             return None
 

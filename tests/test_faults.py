@@ -158,6 +158,21 @@ def test_evaluation_process_killed_during_an_evaluation(dataset_dir, tmp_path):
         assert_told_of_the_killed_process(process, run_dir)
 
 
+def test_environment_process_of_the_scoring_tool_killed(finished_run, tmp_path):
+    line = [sys.executable, ROOT / "tools/evaluate.py", finished_run, "--episodes", "2000"]
+    run_dir = tmp_path / "scoring"
+    with started([str(part) for part in line], run_dir) as process:
+        while len(evaluation_processes(process)) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(5)
+        kill_an_evaluation_process(process)
+        assert process.wait(timeout=60) == 1
+    printed = errors_of(run_dir).read_text()
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("error: an environment process has died")
+
+
 # ----------------------------------------------------------------------------------------- signals
 
 
@@ -406,8 +421,9 @@ def test_dataset_dir_with_another_domains_data(dataset_dir, capsys):
 
 def test_hidden_files_are_no_shards(tmp_path):
     """macOS leaves them beside copied ones."""
-    for name in ("._part-0.npz", "part-0.npz", "part-1.npz", f"{DOMAIN}-v0-val.npz"):
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "._part-0.npz").write_bytes(b"Mac OS X")
+    for name in ("part-0.npz", "part-1.npz", f"{DOMAIN}-v0-val.npz"):
+        np.savez(tmp_path / name, rewards=np.zeros(3))
     args = qam.Args(env_id=TASK, dataset_dir=str(tmp_path))
     assert qam.find_dataset(args) == [tmp_path / "part-0.npz", tmp_path / "part-1.npz"]
 
@@ -434,6 +450,29 @@ def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
     done = resume(folder)
     assert done.returncode == 0, done.stderr
     assert read_states(folder)["step"] == 60
+
+
+def test_shard_that_is_cut_short_is_found_before_anything_is_recorded(dataset_dir, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    content = (dataset_dir / f"{DOMAIN}-v0.npz").read_bytes()
+    (shards / "a.npz").write_bytes(content)
+    (shards / "b.npz").write_bytes(content[: len(content) // 2])
+    done = run(SCRIPT, shards, tmp_path / "runs")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {shards / 'b.npz'} is no whole npz file")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_field_of_text_is_one_sentence(dataset_dir, tmp_path):
+    arrays = dict(np.load(dataset_dir / f"{DOMAIN}-v0.npz"))
+    arrays["qpos"] = arrays["qpos"].astype("S9")
+    np.savez(tmp_path / f"{DOMAIN}-v0.npz", **arrays)
+    done = run(SCRIPT, tmp_path, tmp_path / "runs")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "can't be read" in line
 
 
 # -------------------------------------------------------------------------------------------- code

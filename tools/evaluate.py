@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Annotated
 
@@ -50,10 +51,10 @@ class Args:
     """a checkpoint file in place of the run's own, for one run"""
 
 
-def fail(message):
-    """Print one sentence and exit with status 2."""
+def fail(message, status=2):
+    """Print one sentence and exit: status 2 for what the user can put right, else 1."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def read_record(run):
@@ -248,7 +249,13 @@ def main(args):
         try:
             score(args, run.expanduser())
         except (EOFError, ConnectionError):
-            fail("an environment process has died, perhaps for want of memory: see --envs")
+            sys.unraisablehook = lambda _: (
+                None
+            )  # gymnasium's clean-up complains of the dead process
+            for process in active_children():  # or the others complain, too
+                process.terminate()
+            message = "an environment process has died, perhaps for want of memory: see --envs"
+            fail(message, status=1)
         except OSError as error:
             fail(f"{run}: {error}")
 
