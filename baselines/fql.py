@@ -93,7 +93,9 @@ PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"alpha": [300.0, 30.0, 100.0, 300.0, 300.0, 1.0, 3.0, 3.0, 30.0, 30.0, 30.0, 30.0]}
 # Whole numbers must be at least 1, but for these.
-LEAST = {"seed": 0}
+LEAST = {
+    "seed": 0,
+}
 
 
 def available_cores():
