@@ -237,15 +237,15 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """The Gaussian before tanh: (..., O) -> mean (..., D), log of its deviation (..., D)."""
+    """The Gaussian before tanh: (..., I) -> mean (..., D), log of its deviation (..., D)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int  # D
 
     @nn.compact
-    def __call__(self, observations):
+    def __call__(self, inputs):
         dense = partial(nn.Dense, self.action_dim, kernel_init=nn.initializers.xavier_uniform())
-        hidden = MLP(self.hidden_dims[:-1], self.hidden_dims[-1])(observations)
+        hidden = MLP(self.hidden_dims[:-1], self.hidden_dims[-1])(inputs)
         hidden = nn.gelu(hidden, approximate=True)
         mean = dense(name="OutputDenseMean")(hidden)
         log_std = dense(name="OutputDenseLogStd")(hidden)
@@ -284,7 +284,7 @@ def sample_ode(velocity, x0, num_steps):
 
 
 def sample_tanh_gaussian(mean, log_std, noise):
-    """z of (5) and its log-density: three (..., D) -> (..., D), (...,)."""
+    """tanh of a Gaussian and its log-density: three (..., D) -> (..., D), (...,)."""
     u = mean + jnp.exp(log_std) * noise
     log_gaussian = -(noise**2) / 2 - log_std - jnp.log(2 * jnp.pi) / 2
     # The logarithm of 1 - tanh(u)^2, which itself is 0 in float32 where u is large.
