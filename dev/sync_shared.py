@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "qam_offline.py"
 ONLINE = "qam_offline_to_online.py"
+MADE = "# Made by tools/make_online.py"
 BLOCK = "PEP 723 block"
 IMPORTS = "imports"
 
@@ -32,10 +33,10 @@ def find_scripts(root: Path) -> dict[str, str]:
     scripts = {FIRST: (root / FIRST).read_text()}
     for pattern in ("*.py", "baselines/*.py", "variants/*.py"):
         for path in sorted(root.glob(pattern)):
-            # Other online scripts are made by merging: copies, but nobody's source.
-            is_made = path.name.endswith("_offline_to_online.py") and path.name != ONLINE
-            if not is_made:
-                scripts[str(path.relative_to(root))] = path.read_text()
+            text = path.read_text()
+            # What tools/make_online.py has made is copies, but nobody's source.
+            if not text.startswith(MADE):
+                scripts[str(path.relative_to(root))] = text
     return scripts
 
 

@@ -14,6 +14,9 @@ SCRIPTS = [
     "baselines/dsrl.py",
     "baselines/fbrac.py",
     "baselines/bam.py",
+    "variants/qam_fql.py",
+    "variants/qam_edit.py",
+    "variants/trqam.py",
 ]
 WITHOUT_BEHAVIOR = "baselines/fbrac.py"
 

@@ -72,6 +72,10 @@ def read_case(script, file, names, targets, **coefficients):
     indices = jnp.asarray(arrays["indices"])
     trees = nested(arrays, "params")
     target_names = {name: f"target_{names[name]}" for name in targets}
+    target_params = of_networks(trees, target_names)
+    if "dual/lambda" in arrays:
+        target_params["lambda"] = jnp.asarray(arrays["dual/lambda"])
+        target_params["kl_average"] = jnp.asarray(arrays["dual/kl_ema"])
     return Case(
         arrays=arrays,
         args=args,
@@ -79,7 +83,7 @@ def read_case(script, file, names, targets, **coefficients):
         dataset=dataset,
         batch=script.gather_chunks(dataset, indices, args.horizon, args.discount),
         params=of_networks(trees, names),
-        target_params=of_networks(trees, target_names),
+        target_params=target_params,
     )
 
 
