@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from refusals import parse, refusal
 
 import qam_offline as qam
+from variants import trqam
 
 SCRIPT = "qam_offline.py"
 TASK = f"{DOMAIN}-task4"
@@ -31,6 +32,8 @@ METHODS = {
     "baselines.dsrl": "DSRL",
     "baselines.fbrac": "FBRAC",
     "baselines.bam": "BAM",
+    "variants.qam_fql": "QAM_FQL",
+    "variants.qam_edit": "QAM_EDIT",
 }
 
 
@@ -269,6 +272,12 @@ def test_settings_are_the_papers(script):
             assert getattr(args, name) == common[name]
         for name, value in settings[METHODS[script]].items():
             assert getattr(args, name, value) == value
+
+
+@pytest.mark.parametrize("domain, kl_budget", [("cube-triple-play", 0.5), ("scene-play", 1.0)])
+def test_budgets_of_trqam(domain, kl_budget):
+    """Its paper is another one."""
+    assert trqam.Args(env_id=domain).kl_budget == kl_budget
 
 
 def test_a_flag_goes_before_the_papers_setting():
