@@ -42,7 +42,12 @@ NOMINAL = {
     "fbrac": {"policy": (4, 3), "critic": (0, 6)},
     "bam": {"policy": (9, -3), "critic": (0, 6)},
     "dsrl": {"behavior": (2, 3), "actor": (0, 4), "critic": (0, 5), "latent_critic": (0, 5)},
+    "trqam": {"policy": (8, 3), "critic": (0, 6)},
+    "qam_fql": {"policy": (8, 3), "one_step": (0, 4), "critic": (0, 8)},
+    "qam_edit": {"policy": (9, 3), "edit": (0, 4), "critic": (0, 8)},
 }
+# With this flag at 0 an update is QAM's.
+ADDED_BY = {"qam_fql": "fql_alpha", "qam_edit": "edit_scale"}
 NEVER = 10**9  # steps
 
 
@@ -89,6 +94,8 @@ def multiplications(method: str, num_steps: int, entries: dict[str, int]) -> int
 def gflop_per_update(method: str, args, params: dict) -> float | None:
     if method not in NOMINAL:
         return None
+    if method in ADDED_BY and getattr(args, ADDED_BY[method]) == 0:
+        method = "qam_offline"
     count = multiplications(method, num_steps_to_action(args), kernel_entries(params))
     gflop = 2 * args.batch_size * count / 1e9
     return float(f"{gflop:.4g}")
