@@ -1,0 +1,60 @@
+"""docs/reference_vectors.npz is what the script computes; its checks in NumPy and PyTorch."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from vectors import assert_close
+
+from dev import make_reference_vectors
+
+# An interpreter that has PyTorch: .ci/run makes one.
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable if HAS_TORCH else None)
+
+
+def test_vectors_are_those_of_the_script():
+    arrays = make_reference_vectors.make_arrays()
+    stored = dict(np.load(make_reference_vectors.PATH))
+    assert arrays.keys() == stored.keys()
+    for name in arrays:
+        if np.any(stored[name]):
+            assert_close(arrays[name], stored[name])
+    assert make_reference_vectors.PATH.stat().st_size < 100_000
+    # Some of the actions at the end are outside of [-1, 1], where the critic's gradient is 0.
+    outside = np.abs(stored["xs"][-1]) > 1
+    assert 0 < outside.mean() < 1
+    assert np.array_equal(stored["g"] == 0, outside)
+
+
+def test_check_in_numpy():
+    """As it stands in the documentation."""
+    text = (ROOT / "docs/reference_vectors.md").read_text()
+    code = re.search("```python\n(.*?)```", text, re.S)[1]
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    wrong = code.replace("2 * velocity", "1.99 * velocity")
+    done = subprocess.run([sys.executable, "-c", wrong], cwd=ROOT, capture_output=True)
+    assert b"AssertionError" in done.stderr
+
+
+@pytest.mark.skipif(TORCH_PYTHON is None, reason="no PyTorch here; TORCH_PYTHON may name a Python")
+def test_port_in_pytorch(tmp_path):
+    line = [TORCH_PYTHON, ROOT / "experiments/torch_port.py"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
+
+    port = (ROOT / "experiments/torch_port.py").read_text()
+    for folder in ("docs", "experiments"):
+        (tmp_path / folder).mkdir()
+    vectors = make_reference_vectors.PATH
+    (tmp_path / "docs" / vectors.name).write_bytes(vectors.read_bytes())
+    wrong = tmp_path / "experiments/torch_port.py"
+    wrong.write_text(port.replace("drift(v_base, x, u, u)", "drift(v_base, x, i * h, u)"))
+    done = subprocess.run([TORCH_PYTHON, wrong], capture_output=True, text=True)
+    assert "error: adjoints" in done.stderr
