@@ -1,0 +1,168 @@
+"""A hook of mkdocs (see mkdocs.yml): the pages that are made from the project's own files.
+
+The README and the results become pages, every script gets one: its docstring, what differs from the
+file that it is read against, and its code. Nothing is copied by hand, so nothing can drift. Links
+between the project's files become links between pages.
+"""
+
+import ast
+import difflib
+import html
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+import pygments
+from mkdocs.structure.files import File
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = "qam_offline.py"
+SCRIPTS = (
+    "qam_offline.py",
+    "qam_offline_to_online.py",
+    "qam_diffusion_variant.py",
+    "variants/qam_edit.py",
+    "variants/qam_fql.py",
+    "variants/trqam.py",
+    "baselines/fql.py",
+    "baselines/dsrl.py",
+    "baselines/fbrac.py",
+    "baselines/bam.py",
+)
+# The page of a file: {path in the project: path in the site's sources}.
+PAGES = {"README.md": "index.md", "results/README.md": "results/index.md"}
+PAGES.update({path: f"scripts/{path.replace('/', '_')[:-3]}.md" for path in SCRIPTS})
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+def project_path(page_path, link):
+    """The file of the project that a link on the page of another file means."""
+    folder = PurePosixPath(page_path).parent
+    return os.path.normpath(folder / link)
+
+
+def site_path(path):
+    """Where the site has a file of the project."""
+    if path in PAGES:
+        return PAGES[path]
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"files/{path}"
+
+
+def markdown_files():
+    """Every page that is written by hand, by its path in the project."""
+    docs = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+    return ["README.md", "results/README.md", *docs]
+
+
+def linked_files():
+    """Files of the project that no page shows and some page links to: pictures, tables, tools."""
+    found = set()
+    for page_path in markdown_files():
+        for link, _ in LINK.findall((ROOT / page_path).read_text()):
+            path = project_path(page_path, link)
+            if path not in PAGES and not path.startswith("docs/"):
+                found.add(path)
+    return sorted(found)
+
+
+def with_site_links(markdown, page_path):
+    """The text with its links as the site needs them."""
+    here = PurePosixPath(site_path(page_path)).parent
+
+    def replace(match):
+        target = site_path(project_path(page_path, match[1]))
+        return f"]({os.path.relpath(target, here)}{match[2] or ''})"
+
+    return LINK.sub(replace, markdown)
+
+
+# ----------------------------------------------------------------------------------------- scripts
+
+
+def describe(docstring):
+    """A docstring as Markdown: prose as it is, equations as a block of code."""
+    parts = []
+    for paragraph in docstring.split("\n\n"):
+        if re.match(r"\(\d+\) ", paragraph):
+            parts.append(f"```text\n{paragraph}\n```")
+        else:
+            parts.append(re.sub(r"([*_<])", r"\\\1", paragraph))
+    return "\n\n".join(parts)
+
+
+def highlight(lines, first_number=1, anchors=""):
+    """Lines of Python as HTML, numbered where they can be linked to."""
+    formatter = HtmlFormatter(
+        nowrap=not anchors,
+        cssclass="highlight script",
+        linenos="inline" if anchors else False,
+        linenostart=first_number,
+        linespans=anchors,
+    )
+    return pygments.highlight("\n".join(lines) + "\n", PythonLexer(stripnl=False), formatter)
+
+
+def side_by_side(before, after):
+    """The difference of two files, in HTML: changes beside each other, what is equal folded."""
+    parts = []
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    for kind, b0, b1, a0, a1 in matcher.get_opcodes():
+        if kind == "equal":
+            words = f"{a1 - a0} equal lines" if a1 - a0 > 1 else "one equal line"
+            code = f"<pre>{highlight(after[a0:a1])}</pre>"
+            summary = f"<summary>{words}, from {a0 + 1} on</summary>"
+            parts.append(f'<details class="equal">{summary}{code}</details>')
+        else:
+            left = f'<pre class="before">{highlight(before[b0:b1])}</pre>'
+            right = f'<pre class="after">{highlight(after[a0:a1])}</pre>'
+            parts.append(f'<div class="pair highlight">{left}{right}</div>')
+    return f"<div>{''.join(parts)}</div>"
+
+
+def script_page(path):
+    """The page of a script, in Markdown."""
+    text = (ROOT / path).read_text()
+    title, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
+    parts = [f"# {html.escape(title.rstrip('.'))}", f"`{path}`", describe(rest)]
+    if path != FIRST:
+        before = (ROOT / FIRST).read_text().splitlines()
+        parts.append(f"## What differs from {FIRST}")
+        parts.append(f"Left {FIRST}, right `{path}`.")
+        parts.append(side_by_side(before, text.splitlines()))
+    parts.append("## The whole file")
+    parts.append(highlight(text.splitlines(), anchors="line"))
+    return "\n\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------ mkdocs
+
+
+def on_files(files, config):
+    """Add the pages that do not lie in docs/, and what they link to."""
+    for path in ("README.md", "results/README.md"):
+        files.append(File.generated(config, site_path(path), content=(ROOT / path).read_text()))
+    for path in SCRIPTS:
+        files.append(File.generated(config, site_path(path), content=script_page(path)))
+    for path in linked_files():
+        files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links of the pages that are written by hand."""
+    paths = {site_path(path): path for path in markdown_files()}
+    if page.file.src_uri in paths:
+        markdown = with_site_links(markdown, paths[page.file.src_uri])
+    return markdown
+
+
+def on_post_build(config):
+    """The page for a server's missing files has a server's paths."""
+    Path(config.site_dir, "404.html").unlink()
