@@ -1,8 +1,9 @@
 """A hook of mkdocs (see mkdocs.yml): the pages that are made from the project's own files.
 
 The README and the results become pages, every script gets one: its docstring, what differs from the
-file that it is read against, and its code. Nothing is copied by hand, so nothing can drift. Links
-between the project's files become links between pages.
+file that it is read against, and its code. In the lesson a line {{ code NAME }} becomes that
+definition of qam_offline.py, and $ .. $ or $$ .. $$ an equation. Nothing is copied by hand, so
+nothing can drift. Links between the project's files become links between pages.
 """
 
 import ast
@@ -13,6 +14,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 import pygments
+from latex2mathml import converter
 from mkdocs.structure.files import File
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -57,7 +59,7 @@ def site_path(path):
 
 def markdown_files():
     """Every page that is written by hand, by its path in the project."""
-    docs = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+    docs = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
     return ["README.md", "results/README.md", *docs]
 
 
@@ -141,6 +143,46 @@ def script_page(path):
     return "\n\n".join(parts)
 
 
+# --------------------------------------------------------------------------------------- the lesson
+
+
+def definition(name):
+    """(number of the first line, lines) of a definition of qam_offline.py."""
+    text = (ROOT / FIRST).read_text()
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) == name:
+            return node.lineno, text.splitlines()[node.lineno - 1 : node.end_lineno]
+    raise LookupError(f"{FIRST} defines no {name}")
+
+
+def quote_code(match):
+    """A definition in HTML. Its line numbers lead to the whole file."""
+    first, lines = definition(match[1])
+    page = "../scripts/qam_offline.html#line-"
+    parts = []
+    for i, line in enumerate(highlight(lines).splitlines()):
+        number = first + i
+        parts.append(f'<a class="linenos" href="{page}{number}">{number:5d}</a>{line}')
+    code = "\n".join(parts)
+    return f'<div class="highlight script"><pre>{code}</pre></div>'
+
+
+def equation(match):
+    """LaTeX as MathML, which browsers draw without a program."""
+    display = "block" if match[0].startswith("$$") else "inline"
+    return converter.convert(match[1].strip(), display=display)
+
+
+def with_code_and_equations(markdown):
+    """A page of the lesson; what stands in its own blocks of code is left alone."""
+    parts = re.split(r"(```[\s\S]*?```|`[^`\n]*`)", markdown)
+    for i in range(0, len(parts), 2):
+        part = re.sub(r"^\{\{ code (\w+) \}\}$", quote_code, parts[i], flags=re.M)
+        part = re.sub(r"\$\$([^$]+)\$\$", equation, part)
+        parts[i] = re.sub(r"\$([^$\n]+)\$", equation, part)
+    return "".join(parts)
+
+
 # ------------------------------------------------------------------------------------------ mkdocs
 
 
@@ -160,6 +202,8 @@ def on_page_markdown(markdown, page, config, files):
     paths = {site_path(path): path for path in markdown_files()}
     if page.file.src_uri in paths:
         markdown = with_site_links(markdown, paths[page.file.src_uri])
+    if page.file.src_uri.startswith("lesson/"):
+        markdown = with_code_and_equations(markdown)
     return markdown
 
 

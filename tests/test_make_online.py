@@ -1,6 +1,8 @@
 """tools/make_online.py: the online version of every script, and of one that a user has edited."""
 
+import ast
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +104,25 @@ def test_made_file_has_the_algorithm_and_the_phase(script, online_scripts, edite
             assert merged[name] == online[name]
         elif online[name] == offline[name]:
             assert merged.get(name) == own.get(name)
+    # Where both change one: all flags and bounds of both.
+    texts = (text, origin.read_text(), (ROOT / sync_shared.ONLINE).read_text())
+    for find in (flags_of, bounds_of):
+        of_made, of_own, of_online = [find(text) for text in texts]
+        # Of what qam_offline.py has, the script may lack some.
+        lacking = find((ROOT / sync_shared.FIRST).read_text()) - of_own
+        assert of_made == (of_own | of_online) - lacking
+
+
+def flags_of(text):
+    """The names of the fields of Args."""
+    (args,) = [node for node in ast.parse(text).body if getattr(node, "name", None) == "Args"]
+    return {field.target.id for field in args.body if isinstance(field, ast.AnnAssign)}
+
+
+def bounds_of(text):
+    """The keys of LEAST."""
+    nodes = [node for node in ast.parse(text).body if sync_shared.assigned(node) == "LEAST"]
+    return set(ast.literal_eval(nodes[0].value))
 
 
 def test_made_from_qam_offline_it_is_qam_offline_to_online(online_scripts):
@@ -130,7 +151,7 @@ def test_both_phases_run(script, online_scripts, dataset_dir, tmp_path):
 def test_killed_in_either_phase(online_scripts, dataset_dir, tmp_path):
     """TRQAM's lambda and its average are part of the state; while pretraining, they stand still."""
     script = online_scripts["variants/trqam.py"]
-    flags = "--pretrain-steps 400 --offline-steps 1600 --online-steps 600 --start-training 40"
+    flags = "--pretrain-steps 400 --offline-steps 1600 --online-steps 900 --start-training 40"
     flags += " --log-every 100 --eval-every 800 --checkpoint-every 100 --eval-episodes 1"
     flags = [*flags.split(), "--eval-envs", "1", "--kl-budget", "0.1"]
     done = run(script, dataset_dir, tmp_path / "never_killed", *flags)
@@ -158,11 +179,11 @@ def test_killed_in_either_phase(online_scripts, dataset_dir, tmp_path):
     stop(process, signal.SIGKILL)
     killed = folder_of(run_dir)
     saved = online_rows(killed)
-    assert 0 < len(saved["rewards"]) < 600
+    assert 0 < len(saved["rewards"]) < 900
     done = resume(killed)
     assert done.returncode == 0, done.stderr
     rows = online_rows(killed)
-    assert len(rows["rewards"]) == 600
+    assert len(rows["rewards"]) == 900
     for name, array in saved.items():
         np.testing.assert_array_equal(rows[name][: len(array)], array)
     offline = [row["lambda"] for row in read_rows(never_killed / "metrics.csv")][:20]
@@ -207,7 +228,38 @@ def test_file_that_was_not_made_is_not_replaced(tmp_path, capsys):
     mine.write_text(mine.read_text().replace('"""Flow Q-Learning', '"""My Q-Learning'))
     make_online.main(make_online.Args(mine))
     assert notes.read_text() == made.replace('"""Flow Q-Learning', '"""My Q-Learning')
-    assert "made by this tool" in refusal(capsys, make_online.main, make_online.Args(notes))
+    words = refusal(capsys, make_online.main, make_online.Args(notes))
+    assert "is an online version already" in words
+
+
+def test_edit_of_qam_offline_itself_is_told(tmp_path):
+    """It would be on both sides of the merge, and get lost."""
+    project = tmp_path / "project"
+    for name in ("tools", "dev"):
+        shutil.copytree(ROOT / name, project / name)
+    for name in ("qam_offline.py", "qam_offline_to_online.py"):
+        shutil.copy(ROOT / name, project)
+    offline = project / "qam_offline.py"
+    offline.write_text(offline.read_text().replace("optax.adam(", "optax.adamw("))
+    mine = shutil.copy(offline, tmp_path / "mine.py")
+    line = [sys.executable, project / "tools/make_online.py", mine]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "qam_offline.py itself was edited (make_optimizer)" in done.stderr
+    assert list(tmp_path.glob("*_online.py")) == []
+
+
+def test_places_and_files_that_do_not_fit(tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    text = (ROOT / "baselines/fql.py").read_text()
+    mine.write_bytes(text.replace("\n", "\r\n").encode())
+    assert "line ends of Windows" in refusal(capsys, make_online.main, make_online.Args(mine))
+    mine.write_text(text)
+    for folder in (tmp_path / "nowhere", mine):
+        args = make_online.Args(mine, folder / "made.py")
+        assert "there is no folder" in refusal(capsys, make_online.main, args)
+    args = make_online.Args(ROOT / "tools/evaluate.py")
+    assert "did not begin as a copy" in refusal(capsys, make_online.main, args)
 
 
 @pytest.mark.parametrize("content", [None, "def half(:\n", "\0"])

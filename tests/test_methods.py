@@ -402,3 +402,16 @@ def test_pretraining_is_imitation_alone_and_its_end_a_fresh_start():
 
 def all_equal(tree, other):
     return jax.tree.all(jax.tree.map(np.array_equal, tree, other))
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"kl_budget": 0.0}, "--kl-budget and --lambda-scale must be above 0"),
+        ({"lambda_scale": -1.0}, "--kl-budget and --lambda-scale must be above 0"),
+        ({"pretrain_steps": -1}, "--pretrain-steps must be at least 0"),
+    ],
+)
+def test_flags_of_trqam_that_can_not_be_used(values, words):
+    with pytest.raises(ValueError, match=words):
+        trqam.Args(**values)

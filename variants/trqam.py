@@ -34,16 +34,17 @@ where Q is high, and starts as its copy.
 Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
 chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
 out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
-rollout. Lambda = lambda_scale lambda is a temperature: 1 / Lambda is what QAM calls inv_temp, and
-is constant in a step. (7), on the rollout of (6), is the KL divergence between the paths of policy
-and behavior, per action of the chunk. It moves lambda after every step: up, so that Q weighs less,
-while the policy is further away than the budget allows. Why (4) has this noise: qam_offline.py.
+rollout. Lambda = lambda_scale lambda is a temperature, held constant in a step: 1 / Lambda is what
+QAM calls inv_temp. (7), on the rollout of (6), is the KL divergence between the paths of policy and
+behavior, per action of the chunk (the last step counted as if it had its noise, too). It moves
+lambda after every step: up, so that Q weighs less, while the policy is further away than the budget
+allows. Why (4) has this noise: qam_offline.py.
 
-The paper begins with 300,000 steps of (2) alone, --pretrain-steps, which are counted up to 0 and
-come before the offline steps; then the policy and behavior' become the flow so trained, and Adam
-starts afresh. It uses discount 0.995 and rho 0.5 (humanoidmaze 0.999 and 0), and on sets of 10M
-and 100M transitions flows 1024 wide with LayerNorm. Here the settings are those of the other
-methods, which are compared with it, and pretraining is off.
+The paper begins with 300,000 steps of (2) alone (--pretrain-steps; they come before the offline
+steps, and the step counter reaches 0 at their end). Then the policy and behavior' become the flow
+so trained, and Adam starts afresh. The paper uses discount 0.995 and rho 0.5 (humanoidmaze 0.999
+and 0), and on sets of 10M and 100M transitions flows 1024 wide with LayerNorm. Here the settings
+are those of the other methods, which are compared with it, and pretraining is off.
 
 "Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
 used here is there for them.
@@ -184,12 +185,21 @@ class Args:
             raise ValueError("--flow-steps must be at least 2")
         if min(self.hidden_dims, default=0) < 1:
             raise ValueError("--hidden-dims must be one or more widths, each at least 1")
+        check_trust_region(self)
         if not 0 <= self.discount <= 1:
             raise ValueError(f"--discount must be from 0 to 1, not {self.discount}")
         for name in ("run_dir", "dataset_dir", "resume"):
             path = getattr(self, name)
             if path:
                 setattr(self, name, os.path.abspath(os.path.expanduser(path)))
+
+
+def check_trust_region(args):
+    """Raises ValueError for what can't be used of this method's own."""
+    if min(args.kl_budget, args.lambda_scale) <= 0:
+        raise ValueError("--kl-budget and --lambda-scale must be above 0")
+    if args.pretrain_steps > 0 and args.offline_steps == 0:
+        raise ValueError("--pretrain-steps needs an offline phase: --offline-steps above 0")
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -418,8 +428,8 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
 def path_kl(velocity, base_velocity, xs, horizon):
     """Equation (7): x_0 .. x_{T-1} (T, B, D) -> KL in nats per action of the chunk, scalar.
 
-    To a KL divergence step i adds (h / 2) || drift_policy - drift_behavior' ||^2 / sigma_i^2: the
-    square of how far the mean moves, in deviations of the step's noise. (Girsanov's theorem.)
+    Step i adds (h / 2) || drift_policy - drift_behavior' ||^2 / sigma_i^2: half the square of how
+    far the mean moves, in deviations of the step's noise. (Girsanov's theorem.)
     """
     h = 1 / len(xs)
     t = jnp.arange(len(xs)).reshape(-1, 1, 1) * h * jnp.ones_like(xs[..., :1])  # (T, B, 1)
@@ -458,8 +468,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     temperature = args.lambda_scale * target_params["lambda"]  # Lambda
     g = -jax.grad(total_value)(xs[-1]) / temperature  # (B, D)
 
-    # Policy: adjoint matching. The factor gives every temperature the same weight beside the other
-    # losses: Lambda g does not depend on Lambda.
+    # Policy: adjoint matching. With the factor, Lambda weighs the distance from behavior against
+    # the pull of Q, Lambda g, which does not depend on Lambda.
     adjoints = lean_adjoint(v_base, xs[:-1], g)  # (T, B, D)
     matching_loss = temperature * adjoint_matching_loss(v_policy, v_base, xs[:-1], adjoints)
     kl = path_kl(v_policy, v_base, xs[:-1], args.horizon)
