@@ -169,8 +169,10 @@ def quote_code(match):
 
 def equation(match):
     """LaTeX as MathML, which browsers draw without a program."""
-    display = "block" if match[0].startswith("$$") else "inline"
-    return converter.convert(match[1].strip(), display=display)
+    if match[0].startswith("$$"):
+        math = converter.convert(match[1].strip(), display="block")
+        return f'<div class="equation">{math}</div>'
+    return f'<span class="equation">{converter.convert(match[1].strip())}</span>'
 
 
 def with_code_and_equations(markdown):
