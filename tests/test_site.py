@@ -1,12 +1,14 @@
 """The site builds without a warning, and its pages open from the file system in a browser."""
 
 import html
+import json
 import os
 import re
 import shutil
 import subprocess
 
 import pytest
+import test_figure
 from conftest import ROOT
 
 from dev import sync_shared
@@ -62,6 +64,31 @@ def test_the_check_sees_faults(site, tmp_path):
         "a fault",
     ):
         assert words in done.stdout
+
+
+def test_the_figure_by_keys_and_mouse(site):
+    """Each control changes what it should, and the numbers shown are qam_offline.py's."""
+    line = [DOCS_PYTHON, ROOT / "dev/drive_figure.py", site]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    states = json.loads(done.stdout)
+    controls = {name: (s["invTemp"], s["T"], s["play"]) for name, s in states.items()}
+    assert controls["loaded"] == (1.0, 10, "Play")
+    assert controls["inv_temp by keys"] == (1.5, 10, "Play")
+    assert controls["T by keys"] == (1.5, 6, "Play")
+    assert states["time by keys"]["time"] == 0
+    assert controls["playing"] == (1.5, 6, "Stop")
+    assert 0 < states["playing"]["time"] < 6
+    assert controls["played"] == (1.5, 6, "Play")
+    assert states["played"]["time"] == 6
+    assert states["other noise"]["noise"] != states["played"]["noise"]
+    assert "through the plain steps" in states["backpropagation"]["numbers"]
+    pictures = [state["picture"] for state in states.values()]
+    assert len(set(pictures)) == len(pictures) - 1  # played to the end, it is as it was
+    for state in states.values():
+        test_figure.check(state, state["invTemp"], state["noise"])
+        loss = re.search(r"L_AM .*: ([\d.]+)$", state["numbers"])[1]
+        assert float(loss) == pytest.approx(state["loss"], abs=6e-4)
 
 
 def text_of(source):
