@@ -116,14 +116,15 @@ def draw_adjoint(xs, adjoints):
     ways = -np.asarray(adjoints[first:, 3])
     left.plot(x[:, 0], x[:, 1], "-o", color="0.5", markersize=4, linewidth=1)
     left.quiver(*x[:-1].T, *ways.T, color="#b35806", angles="xy", scale_units="xy", scale=6)
+    left.plot(*(x[:-1] + ways / 6).T, ".", alpha=0)  # so that the arrows' tips are inside
     left.plot(*x[-1], "*", color="#2b83ba", markersize=14)
     left.set(aspect="equal", title="the second half of a path; arrows: -g_i / 6")
-    left.margins(0.25)
+    left.margins(0.1)
     sizes = np.linalg.norm(np.asarray(adjoints), axis=-1)  # (T, B)
     t = np.arange(len(adjoints)) / len(adjoints)
     right.fill_between(t, *np.quantile(sizes, [0.1, 0.9], axis=1), color="#b35806", alpha=0.25)
-    right.plot(t, sizes.mean(axis=1), color="#b35806")
-    right.set(xlabel="t", title="|g_i|: mean, and 80 % of the samples")
+    right.plot(t, np.median(sizes, axis=1), color="#b35806")
+    right.set(xlabel="t", title="|g_i|: median, and 80 % of the samples")
     right.grid(alpha=0.3)
     figure.savefig(FOLDER / "adjoint.png", dpi=90)
 
@@ -157,12 +158,16 @@ def main():
     for num_steps in (10, 100):
         xs = sde_states(base, num_steps)
         g = terminal_adjoint(xs[-1])
+        at_end = jnp.linalg.norm(g, axis=-1)  # (B,)
         adjoints = qam.lean_adjoint(base, xs[:-1], g)
+        sizes = jnp.linalg.norm(adjoints, axis=-1)  # (T, B)
         steps = (0, num_steps // 2, num_steps - 1)
-        sizes = [float(jnp.linalg.norm(adjoints[i], axis=-1).mean()) for i in steps]
-        at_end = float(jnp.linalg.norm(g, axis=-1).mean())
-        words = ", ".join(f"{size:.2f}" for size in sizes)
-        print(f"T = {num_steps}: mean |g_i| at steps {steps}: {words}; at x_T {at_end:.2f}")
+        words = ", ".join(f"{sizes[i].mean():.2f}" for i in steps)
+        print(f"T = {num_steps}: mean |g_i| at steps {steps}: {words}; at x_T {at_end.mean():.2f}")
+        ratios = np.asarray(sizes[num_steps // 2] / at_end)
+        quantiles = np.quantile(ratios, [0.5, 0.9, 0.99, 1])
+        words = ", ".join(f"{x:.2f}" for x in quantiles)
+        print(f"    |g_i| / |g| in the middle: median, 90 %, 99 %, largest: {words}")
 
     draw_states("flow.png", ode_states(base, draw_noise(1, NUM_SAMPLES, 2), 30), (0, 0.3, 0.6, 1))
     draw_states("sde.png", sde_states(base, 30), (0, 0.3, 0.6, 1))
@@ -175,6 +180,9 @@ def main():
         actions = np.asarray(qam.sample_ode(policy, draw_noise(2, NUM_SAMPLES, 2), num_steps))
         print(f"T = {num_steps}: policy to target {closed_form.mmd(actions, target):.4f}")
         samples[f"policy, T = {num_steps}"] = actions
+        exact = ode_states(closed_form.target_velocity, draw_noise(2, NUM_SAMPLES, 2), num_steps)
+        distance = closed_form.mmd(np.asarray(exact[-1]), target)
+        print(f"T = {num_steps}: the target's own velocity to target {distance:.4f}")
     draw_policy(samples)
 
 

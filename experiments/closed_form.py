@@ -119,17 +119,28 @@ def mmd(a, b) -> float:
     return float(within - 2 * mean_kernel(a, b))
 
 
-def behavior_velocity(x, t):
-    """E[a - x_0 | x_t = x] for the four Gaussians: x (..., 2), t (..., 1) -> (..., 2).
+def mixture_velocity(x, t, means, std, log_weights):
+    """E[a - x_0 | x_t = x] for Gaussians at `means`: x (..., 2), t (..., 1) -> (..., 2).
 
     Given the mode, x_t = (1 - t) x_0 + t a is Gaussian, and the expectation linear in x.
     """
-    variance = (1 - t) ** 2 + (STD * t) ** 2
-    offsets = x[..., None, :] - t[..., None] * MEANS  # (..., 4, 2)
-    weights = jax.nn.softmax(-(offsets**2).sum(-1) / (2 * variance), axis=-1)  # (..., 4)
-    slope = (t * STD**2 - (1 - t)) / variance
-    velocities = MEANS + slope[..., None] * offsets  # (..., 4, 2)
+    variance = (1 - t) ** 2 + (std * t) ** 2
+    offsets = x[..., None, :] - t[..., None] * means  # (..., 4, 2)
+    log_weights = log_weights - (offsets**2).sum(-1) / (2 * variance)
+    weights = jax.nn.softmax(log_weights, axis=-1)  # (..., 4) of the modes, given x
+    slope = (t * std**2 - (1 - t)) / variance
+    velocities = means + slope[..., None] * offsets  # (..., 4, 2)
     return (weights[..., None] * velocities).sum(-2)
+
+
+def behavior_velocity(x, t):
+    """The behavior's: x (..., 2), t (..., 1) -> (..., 2)."""
+    return mixture_velocity(x, t, MEANS, STD, np.zeros(4))
+
+
+def target_velocity(x, t):
+    """The target's: x (..., 2), t (..., 1) -> (..., 2)."""
+    return mixture_velocity(x, t, TARGET_MEANS, TARGET_STD, TARGET_LOG_WEIGHTS)
 
 
 # --------------------------------------------------------------------------------- training on it
