@@ -1156,7 +1156,7 @@ def main(args):
         sys.exit(128 + stop_signals[0])
     folder = shlex.quote(str(run_dir))
     print(f"finished: {folder}")
-    print(f"score, draw: python tools/evaluate.py {folder}; python tools/plot_runs.py {folder}")
+    print(f"score, draw: python tools/evaluate.py {folder}; python tools/report.py {folder}")
 
 
 if __name__ == "__main__":

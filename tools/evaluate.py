@@ -5,7 +5,7 @@ own, too. A line per run and seed goes to standard output. Episodes and noise ar
 own evaluations, and the score does not depend on the number of processes.
 
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
-the run's folder, where tools/plot_runs.py finds it. --video records the first episodes as mp4 into
+the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
 the run's folder; that needs `pip install "imageio[ffmpeg]"`.
 """
 

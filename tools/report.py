@@ -1,0 +1,730 @@
+"""What runs have shown, in tables and figures, and beside the paper's curves.
+
+    python tools/report.py runs/pointmaze-* -o report
+    python tools/report.py sweep -o report --published
+    python tools/report.py results/baselines/results.csv -o results/baselines
+    python tools/report.py --published-only -o report
+
+Takes run folders, folders of tools/sweep.py, and the results.csv that it writes. Writes into the
+folder -o:
+
+results.csv     a row an evaluation of a seed
+report.md       what was read, final success by task and domain, aggregates, and the figures
+success.png     success over steps, a panel a task: the mean over seeds with its interval, each seed
+                thin, dashed the flow that imitates the data, dotted where a run goes online; of
+                several domains, a file each
+aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
+                probability that one method is better than another (arXiv 2108.13264)
+
+Runs of one task, script and setting are seeds of one curve; the setting lists the arguments, and
+the size of the data, that differ among the runs of a task. Intervals hold 95 % of 2,000 bootstrap
+samples: seeds are drawn again, within each task. A run that has not come to its end is drawn as far
+as it went, and marked by a cross. Means over seeds go as far as all seeds do.
+"""
+
+import collections
+import csv
+import dataclasses
+import itertools
+import json
+import sys
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, NamedTuple, NoReturn
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+# The paper's curves (arXiv 2601.14234, MIT license): TASK|METHOD -> success (30 evaluations at
+# 50,000, 100,000, .. 1,500,000 steps, of which a million are offline; 12 seeds).
+PUBLISHED = ROOT / "results/published/published_curves.npz"
+PUBLISHED_EVERY = 50_000
+PUBLISHED_OFFLINE = 1_000_000
+COLUMNS = {"experiment": str, "script": str, "setting": str, "seed": int, "phase": str}
+COLUMNS.update({"step": int, "success": float, "return": float, "length": float})
+# What args.json holds beside the settings: where and how a run worked, not what it learned.
+# Runs that differ in nothing else are seeds of one curve.
+NOT_SETTINGS = (
+    "script seed num_seeds run_dir resume dataset_dir offline_checkpoint eval_every eval_episodes "
+    "eval_envs log_every checkpoint_every track wandb_project eval_only capture_video device "
+    "observation_dim action_dim"
+).split()
+# The scripts' methods, as the paper names them.
+METHODS = {
+    "qam_offline": "QAM",
+    "qam_edit": "QAM-E",
+    "qam_fql": "QAM-F",
+    "trqam": "TRQAM",
+    "qam_diffusion_variant": "QAM, diffusion",
+    "fql": "FQL",
+    "dsrl": "DSRL",
+    "fbrac": "FBRAC",
+    "bam": "BAM",
+}
+# Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NUM_BOOTSTRAP = 2000
+CLOSE_ENOUGH = (
+    0.1  # of success: what an interval that tells agreement from difference must be within
+)
+
+
+@dataclasses.dataclass
+class Args:
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """run folders, sweep folders, results.csv files"""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report")
+    """the folder to write"""
+    experiment: str = ""
+    """what results.csv calls the task of run folders (default: their environment)"""
+    title: str = ""
+    """above the figure of success (default: the task)"""
+    published: bool = False
+    """draw the paper's curves, and compare with them"""
+    published_only: bool = False
+    """the paper's own aggregate table; takes no runs"""
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+class Key(NamedTuple):
+    """What a curve is."""
+
+    source: str  # a results.csv, whose settings say what differs within it; "" for run folders
+    task: str
+    script: str
+    setting: str
+
+    def method(self):
+        stem = self.script.replace("_offline_to_online", "")
+        stem = "qam_offline" if stem == "qam" else stem
+        return METHODS.get(stem, self.script)
+
+
+def find_runs(path):
+    """A run's folder as it is; of a sweep's folder, the run of each job."""
+    if not (path / "jobs.csv").exists():
+        return [path]
+    runs = []
+    for job in sorted((path / "runs").glob("*")):
+        found = sorted(place.parent for place in job.glob("*/eval.csv"))
+        runs += found[-1:]
+    if not runs:
+        fail(f"{path}: no job has been evaluated yet")
+    return runs
+
+
+def read_record(run):
+    try:
+        record = json.loads((run / "args.json").read_text())
+        record["script"] = Path(record["script"]).stem
+        record["last_step"] = record["offline_steps"] + record.get("online_steps", 0)
+        record["env_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder (args.json: {error!r})")
+    return record
+
+
+def settings_of(record):
+    """Every argument that changes what is learned, and how much data there was."""
+    settings = {}
+    for name, value in record.items():
+        # Versions, the JAX settings and the data are dictionaries; arguments never are.
+        if name not in (*NOT_SETTINGS, "last_step") and not isinstance(value, dict):
+            settings[name] = value
+    if isinstance(record.get("data"), dict):
+        settings["transitions"] = record["data"].get("transitions")
+    return settings
+
+
+def find_differing(all_settings):
+    """The names that have several values among the runs that have them."""
+    values = collections.defaultdict(set)
+    for settings in all_settings:
+        for name, value in settings.items():
+            values[name].add(json.dumps(value))
+    return [name for name, found in values.items() if len(found) > 1]
+
+
+def describe(settings, names):
+    """For example 'inv_temp=0.5 tau=0.02'."""
+    parts = []
+    for name in names:
+        if name in settings:
+            value = json.dumps(settings[name], separators=(",", ":"))
+            parts.append(f"{name}={value}".replace('"', ""))
+    return " ".join(parts)
+
+
+def read_rows(path, curve):
+    """The evaluations of a file. `curve`: what the rows of a run folder don't say themselves."""
+    rows = []
+    try:
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if curve:
+                    line.update(curve, success=line["success_rate"])
+                rows.append({name: kind(line[name]) for name, kind in COLUMNS.items()})
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        fail(f"{path} can't be read as evaluations: {error!r}")
+    if not rows:
+        fail(f"{path} has no evaluation")
+    return rows
+
+
+class Results(NamedTuple):
+    curves: dict  # Key -> rows
+    names: dict  # Key -> its method, with what tells it from others of the method on the task
+    unfinished: dict  # (Key, seed) -> the step that it should come to, and what has become of it
+    differing: dict  # task -> names of the arguments that differ among its runs
+
+
+def read_results(args):
+    """All curves of what is given."""
+    results = Results(collections.defaultdict(list), {}, {}, {})
+    runs = [run for path in args.runs if path.is_dir() for run in find_runs(path)]
+    records = [read_record(run) for run in runs]
+    for run, record in zip(runs, records, strict=True):
+        peers = [other for other in records if other["env_id"] == record["env_id"]]
+        names = find_differing([settings_of(peer) for peer in peers])
+        task = args.experiment or record["env_id"]
+        results.differing[task] = names
+        setting = describe(settings_of(record), names)
+        curve = {"experiment": task, "script": record["script"], "setting": setting}
+        rows = read_rows(run / "eval.csv", curve)
+        if (run / "behavior.csv").exists():
+            rows += read_rows(run / "behavior.csv", curve)
+        key = Key("", task, record["script"], setting)
+        results.curves[key] += rows
+        last = max(row["step"] for row in rows)
+        if last < record["last_step"]:
+            for seed in {row["seed"] for row in rows}:
+                results.unfinished[key, seed] = (record["last_step"], fate_of(run))
+    for path in args.runs:
+        if not path.is_dir():
+            for row in read_rows(path, {}):
+                key = Key(str(path), row["experiment"], row["script"], row["setting"])
+                results.curves[key].append(row)
+    for key in results.curves:
+        results.names[key] = name_of(key, results.curves)
+    return results
+
+
+def fate_of(run):
+    """Of a run that has not come to its end; tools/sweep.py keeps the exit status of a job."""
+    ended = run.parent / "exit"
+    stopped = ("130", "138", "143")  # by a signal: it may go on
+    return "failed" if ended.exists() and ended.read_text() not in stopped else "unfinished"
+
+
+def name_of(key, curves):
+    """Its method, and those of its settings that other curves of the method have otherwise."""
+    peers = [
+        o for o in curves if (o.source, o.task, o.script) == (key.source, key.task, key.script)
+    ]
+    words = []
+    for word in key.setting.split():
+        if not all(word in peer.setting.split() for peer in peers):
+            words.append(word)
+    others = {o.script for o in curves if o.task == key.task and o.method() == key.method()}
+    if key.script.endswith("_online") and len(others) > 1:
+        words.insert(0, "online")
+    return " ".join([key.method(), *words])
+
+
+def by_seed(key, rows, behavior=False):
+    """seed -> step -> success, in the order of the steps."""
+    seeds = collections.defaultdict(dict)
+    for row in sorted(rows, key=itemgetter("step")):
+        if (row["phase"] == "behavior") != behavior:
+            continue
+        values = seeds[row["seed"]]
+        if row["step"] in values:
+            fail(f"two runs of seed {row['seed']} have the same settings: {key.script}, {key.task}")
+        values[row["step"]] = row["success"]
+    return seeds
+
+
+def common_table(seeds):
+    """(steps that all seeds have come to, success (steps, seeds))."""
+    steps = sorted(set.intersection(*map(set, seeds.values())))
+    table = np.array([[values[step] for values in seeds.values()] for step in steps])
+    return steps, table.reshape(len(steps), len(seeds))
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+def resample(rng, scores):
+    """Seeds drawn again with replacement: (.., S) -> (NUM_BOOTSTRAP, .., S)."""
+    chosen = rng.integers(scores.shape[-1], size=(NUM_BOOTSTRAP, scores.shape[-1]))
+    return np.moveaxis(scores[..., chosen], -2, 0)
+
+
+def interval(samples):
+    """What holds 95 % of bootstrap samples (N, ..): (low, high)."""
+    return np.quantile(samples, [0.025, 0.975], axis=0)
+
+
+def resample_tasks(rng, scores):
+    """The same, within each task: scores, a list of (S,) -> (NUM_BOOTSTRAP, all seeds)."""
+    return np.concatenate([resample(rng, one) for one in scores], axis=-1)
+
+
+def interquartile_mean(scores):
+    """The mean of the middle half: (.., M) -> (..). As scipy.stats.trim_mean with 0.25."""
+    count = scores.shape[-1]
+    cut = count // 4
+    return np.sort(scores, axis=-1)[..., cut : count - cut].mean(axis=-1)
+
+
+def probability_of_improvement(scores, others):
+    """That a run of the first beats one of the second, mean over tasks; a tie counts half."""
+    wins = []
+    for one, other in zip(scores, others, strict=True):
+        first = one[..., :, None]
+        second = other[..., None, :]
+        wins.append(((first > second) + 0.5 * (first == second)).mean(axis=(-2, -1)))
+    return np.mean(wins, axis=0)
+
+
+def compare(rng, ours, theirs):
+    """(difference of the means, low, high, seeds that tell agreement; None: no number would).
+
+    Of fewer than three seeds nothing can be drawn again: the spread is taken to be the paper's.
+    """
+    difference = ours.mean() - theirs.mean()
+    spread = theirs.std(ddof=1)
+    if len(ours) < 3:
+        error = 1.96 * spread * np.sqrt(1 / len(ours) + 1 / len(theirs))
+        low, high = difference - error, difference + error
+    else:
+        drawn = resample(rng, ours).mean(axis=-1) - resample(rng, theirs).mean(axis=-1)
+        low, high = interval(drawn)
+        spread = max(spread, ours.std(ddof=1))
+    left = (CLOSE_ENOUGH / 1.96 / max(spread, 1e-9)) ** 2 - 1 / len(theirs)
+    needed = int(np.ceil(1 / left)) if left > 0 else None
+    return difference, low, high, needed
+
+
+def verdict(difference, low, high, needed):
+    """In words."""
+    if high < 0:
+        return "below"
+    if low > 0:
+        return "above"
+    if max(high - difference, difference - low) <= CLOSE_ENOUGH:
+        return "agrees"
+    return f"too few seeds to tell: {needed} would" if needed else "too few seeds to tell"
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+class Line(NamedTuple):
+    color: str
+    style: str
+
+
+def line_styles(names):
+    """{name of a method: its color and style}, the same in every panel."""
+    styles = {}
+    for i, name in enumerate(names):
+        style = ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(COLORS) % 3]
+        styles[name] = Line(COLORS[i % len(COLORS)], style)
+    return styles
+
+
+def label_ends(axes, ends):
+    """A line's name at its end, moved where two would touch: ends {name: (height, color)}."""
+    bottom, top = axes.get_ylim()
+    room = 0.055 * (top - bottom)
+    ranked = sorted(ends, key=lambda name: ends[name][0])
+    heights = {}
+    lowest = -np.inf
+    for name in ranked:  # from the lowest up, with room between them
+        heights[name] = max(ends[name][0], lowest)
+        lowest = heights[name] + room
+    highest = top
+    for name in reversed(ranked):  # and down again, where that has led out of the axes
+        heights[name] = min(heights[name], highest)
+        highest = heights[name] - room
+    for name in ranked:
+        axes.annotate(
+            name,
+            (1.01, heights[name]),
+            xycoords=("axes fraction", "data"),
+            color=ends[name][1],
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def stacked_axes(count, title):
+    """A figure with `count` panels one above the other: that can be read on a phone, too."""
+    figure = Figure(figsize=(5.6, 3.4 * count), layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False).ravel()
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure, axes
+
+
+def draw_success(results, tasks, styles, published, title):
+    """A panel a task."""
+    figure, panels = stacked_axes(len(tasks), title)
+    for axes, task in zip(panels, tasks, strict=True):
+        ends = {}
+        axes.set(ylim=(-0.03, 1.03), xlabel="gradient (online: environment) steps")
+        for key, rows in results.curves.items():
+            if key.task == task:
+                name = results.names[key]
+                end = draw_curve(axes, results, key, rows, styles[name])
+                ends[name] = (end, styles[name].color)
+        if published:
+            draw_published(axes, results, task, styles)
+        axes.grid(alpha=0.25)
+        axes.set_ylabel("success")
+        if len(tasks) > 1 or not title:
+            axes.set_title(task, fontsize=10)
+        label_ends(axes, ends)
+    return figure
+
+
+def draw_curve(axes, results, key, rows, line):
+    """Mean, interval and seeds of one curve; the height of its end."""
+    seeds = by_seed(key, rows)
+    if not seeds:
+        fail(f"{key.script} on {key.task} has a behavior flow and no policy")
+    steps, table = common_table(seeds)
+    color = line.color
+    if steps:
+        axes.plot(steps, table.mean(axis=1), color=color, linestyle=line.style, linewidth=1.8)
+    if steps and len(seeds) > 1:
+        low, high = interval(resample(np.random.default_rng(0), table).mean(axis=-1))
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    for seed, values in seeds.items():
+        reached = list(values)
+        axes.plot(reached, list(values.values()), color=color, alpha=0.35, linewidth=0.7)
+        if (key, seed) in results.unfinished:
+            axes.plot(reached[-1], values[reached[-1]], "x", color=color, markersize=7)
+    behavior = by_seed(key, rows, behavior=True)
+    if behavior:
+        mean = np.mean([list(values.values())[-1] for values in behavior.values()])
+        axes.axhline(mean, color=color, linestyle="--", linewidth=1)
+    offline = [row["step"] for row in rows if row["phase"] == "offline"]
+    if any(row["phase"] == "online" for row in rows):
+        axes.axvline(max(offline, default=0), color="0.3", linestyle=":", linewidth=1)
+    return table[-1].mean() if steps else list(list(seeds.values())[0].values())[-1]
+
+
+def draw_published(axes, results, task, styles):
+    """The paper's band, from the lowest to the highest of its seeds, and its mean."""
+    for key, name in results.names.items():
+        curve = published_curve(key)
+        if key.task == task and curve is not None:
+            steps = PUBLISHED_EVERY * np.arange(1, len(curve) + 1)
+            color = styles[name].color
+            axes.plot(steps, curve.mean(axis=1), color=color, linestyle="-.", linewidth=1)
+            axes.fill_between(steps, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.08)
+
+
+def draw_aggregate(rng, scores, curves, styles):
+    """aggregate.png: `scores` {name: [(S,) a task]}, `curves` {name: (steps, [(steps, S)])}."""
+    figure, (over_steps, profile, better) = stacked_axes(3, "")
+    ends = {}
+    for name, (steps, tables) in curves.items():
+        line = styles[name]
+        drawn = np.concatenate([resample(rng, table) for table in tables], axis=-1)
+        mean = interquartile_mean(np.concatenate(tables, axis=-1))
+        over_steps.plot(steps, mean, color=line.color, linestyle=line.style)
+        over_steps.fill_between(
+            steps, *interval(interquartile_mean(drawn)), color=line.color, alpha=0.18
+        )
+        ends[name] = (mean[-1], line.color)
+    over_steps.set(ylim=(-0.03, 1.03), xlabel="steps", title="interquartile mean over tasks")
+    label_ends(over_steps, ends)
+
+    levels = np.linspace(0, 1, 101)
+    ends = {}
+    for name, by_task in scores.items():
+        line = styles[name]
+        drawn = resample_tasks(rng, by_task)
+        shares = (np.concatenate(by_task)[:, None] > levels).mean(axis=0)
+        low, high = interval((drawn[..., None] > levels).mean(axis=1))
+        profile.plot(levels, shares, color=line.color, linestyle=line.style)
+        profile.fill_between(levels, low, high, color=line.color, alpha=0.18)
+        ends[name] = (shares[90], line.color)
+    profile.set(xlabel="success s", title="share of the runs above s", ylim=(-0.03, 1.03))
+    label_ends(profile, ends)
+
+    pairs = list(itertools.combinations(scores, 2))[:12]
+    for i, (name, other) in enumerate(pairs):
+        low, mean, high = improvement(rng, scores[name], scores[other])
+        better.plot([low, high], [i, i], color=styles[name].color, linewidth=4, alpha=0.5)
+        better.plot(mean, i, "o", color=styles[name].color)
+    better.axvline(0.5, color="0.5", linewidth=1)
+    better.set(yticks=range(len(pairs)), xlim=(0, 1), title="probability of improvement")
+    better.set_yticklabels([f"{name} > {other}" for name, other in pairs], fontsize=8)
+    return figure
+
+
+def improvement(rng, scores, others):
+    """(low, mean, high) of the probability of improvement."""
+    drawn = [resample(rng, one) for one in scores]
+    drawn_others = [resample(rng, one) for one in others]
+    low, high = interval(probability_of_improvement(drawn, drawn_others))
+    return low, probability_of_improvement(scores, others), high
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def published_curve(key):
+    """The paper's success (evaluations, 12 seeds) for a curve, or None."""
+    name = f"{key.task.replace('-task', '-singletask-task')}-v0|{key.method()}"
+    with np.load(PUBLISHED) as curves:
+        return curves[name] if name in curves.files else None
+
+
+def markdown_table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def with_interval(mean, low, high):
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def final_scores(results):
+    """{method: {task: success (S,) at the last step that all seeds of it have}}."""
+    scores = collections.defaultdict(dict)
+    for key, rows in results.curves.items():
+        steps, table = common_table(by_seed(key, rows))
+        if steps:
+            scores[results.names[key]][key.task] = table[-1]
+    return scores
+
+
+def table_of_tasks(results):
+    """Final success of every curve."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for key, evaluations in results.curves.items():
+        name = results.names[key]
+        steps, table = common_table(by_seed(key, evaluations))
+        if not steps:
+            rows.append((key.task, name, "none", "", "", "", key.setting))
+            continue
+        last = table[-1]
+        text = f"{last.mean():.2f}"
+        if len(last) > 1:
+            text = with_interval(last.mean(), *interval(resample(rng, last).mean(axis=-1)))
+        seeds = ", ".join(f"{score:.2f}" for score in last)
+        behavior = by_seed(key, evaluations, behavior=True)
+        flows = [f"{list(values.values())[-1]:.2f}" for values in behavior.values()]
+        row = (key.task, name, f"{steps[-1]:,}", text, seeds, ", ".join(flows))
+        rows.append((*row, key.setting))
+    header = ("task", "method", "step", "success", "seeds", "behavior flow", "setting")
+    return markdown_table(header, rows)
+
+
+def domain_of(task):
+    return task.partition("-task")[0].partition("-singletask")[0]
+
+
+def table_of_domains(scores):
+    """Final success a method and domain: the best in bold, with what its interval overlaps."""
+    rng = np.random.default_rng(0)
+    tasks = sorted({task for by_task in scores.values() for task in by_task})
+    domains = sorted({domain_of(task) for task in tasks})
+    columns = {}
+    for domain in [*domains, "all tasks"]:
+        chosen = [task for task in tasks if domain in (domain_of(task), "all tasks")]
+        cells = {}
+        for name, by_task in scores.items():
+            if not all(task in by_task for task in chosen):
+                continue
+            kept = [by_task[task] for task in chosen]
+            mean = np.mean([one.mean() for one in kept])
+            drawn = np.mean([resample(rng, one).mean(axis=-1) for one in kept], axis=0)
+            cells[name] = (mean, *interval(drawn))
+        best = max(cells.values(), default=(0, 0, 0))
+        columns[domain] = {}
+        for name, (mean, low, high) in cells.items():
+            text = with_interval(mean, low, high)
+            columns[domain][name] = f"**{text}**" if high >= best[1] else text
+    rows = [[name, *(columns[d].get(name, "-") for d in columns)] for name in scores]
+    return markdown_table(["method", *columns], rows)
+
+
+def shared_tasks(scores):
+    """The tasks that all methods have."""
+    return sorted(set.intersection(*map(set, scores.values())))
+
+
+def table_of_aggregates(rng, scores):
+    """Interquartile mean, mean and median over tasks."""
+    rows = []
+    for name, by_task in scores.items():
+        drawn = resample_tasks(rng, by_task)
+        values = np.concatenate(by_task)
+        row = [name]
+        for statistic in (interquartile_mean, lambda x: x.mean(axis=-1)):
+            row.append(with_digits(statistic(values), *interval(statistic(drawn))))
+        rows.append(row)
+    return markdown_table(("method", "interquartile mean", "mean"), rows)
+
+
+def with_digits(mean, low, high):
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def table_of_published(results):
+    """Where a step is one of the paper's: our seeds beside its."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for key, evaluations in results.curves.items():
+        curve = published_curve(key)
+        if curve is None:
+            continue
+        steps, table = common_table(by_seed(key, evaluations))
+        for step, ours in zip(steps, table, strict=True):
+            place = step // PUBLISHED_EVERY - 1
+            if step % PUBLISHED_EVERY or not 0 <= place < len(curve):
+                continue
+            theirs = curve[place]
+            difference, low, high, needed = compare(rng, ours, theirs)
+            inside = np.mean((ours >= theirs.min()) & (ours <= theirs.max()))
+            words = f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
+            means = (f"{ours.mean():.2f}", f"{theirs.mean():.2f}", f"{inside:.0%}")
+            row = (key.task, results.names[key], f"{step:,}", len(ours), *means, words)
+            rows.append((*row, verdict(difference, low, high, needed)))
+    if not rows:
+        return "No evaluation here is at a step, on a task and of a method that the paper has."
+    header = ("task", "method", "step", "seeds", "ours", "paper", "inside its band")
+    return markdown_table((*header, "difference", ""), rows)
+
+
+def what_was_read(results):
+    """The seeds of each curve; what differs; what is unfinished."""
+    parts = []
+    for task, names in results.differing.items():
+        if names:
+            parts.append(f"- {task}: the runs differ in {', '.join(names)}; never averaged over.")
+    for (key, seed), (last, fate) in results.unfinished.items():
+        reached = max(by_seed(key, results.curves[key])[seed])
+        words = f"{fate}, at step {reached:,} of {last:,}"
+        parts.append(f"- {key.task}, {results.names[key]}, seed {seed}: {words}.")
+    return "\n".join(parts) or "All runs have come to their end."
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def write_results(path, results):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        for rows in results.curves.values():
+            writer.writerows(rows)
+
+
+def aggregate(args, results, styles, parts):
+    """Over the tasks that all methods have, if there are two or more."""
+    rng = np.random.default_rng(0)
+    scores = final_scores(results)
+    tasks = shared_tasks(scores)
+    if len(tasks) < 2:
+        return
+    by_method = {name: [by_task[task] for task in tasks] for name, by_task in scores.items()}
+    tables = collections.defaultdict(dict)
+    for key, rows in results.curves.items():
+        if key.task in tasks:
+            tables[results.names[key]][key.task] = common_table(by_seed(key, rows))
+    curves = {}
+    for name, by_task in tables.items():
+        steps = sorted(set.intersection(*(set(steps) for steps, _ in by_task.values())))
+        kept = [table[np.isin(reached, steps)] for reached, table in by_task.values()]
+        if steps:
+            curves[name] = (steps, kept)
+    parts.append(f"## Over {len(tasks)} tasks\n\n" + table_of_aggregates(rng, by_method))
+    parts.append("![aggregates](aggregate.png)")
+    draw_aggregate(rng, by_method, curves, styles).savefig(args.output / "aggregate.png", dpi=140)
+
+
+def published_scores(place):
+    """{method: {task: success (12,)}} of the paper at one evaluation."""
+    scores = collections.defaultdict(dict)
+    with np.load(PUBLISHED) as curves:
+        for name in curves.files:
+            task, _, method = name.partition("|")
+            curve = curves[name]
+            own_place = place - (30 - len(curve))  # RLPD has the online phase alone
+            if own_place >= 0:
+                scores[method][task] = curve[own_place]
+    return scores
+
+
+def report_published(args):
+    """The paper's aggregate table, from its own curves."""
+    parts = ["# The published curves", "Of the QAM paper (arXiv 2601.14234); 50 tasks, 12 seeds."]
+    for words, step in (("1,000,000 steps offline", 1_000_000), ("500,000 more online", 1_500_000)):
+        rng = np.random.default_rng(0)
+        scores = published_scores(step // PUBLISHED_EVERY - 1)
+        tasks = shared_tasks(scores)
+        by_method = {name: [by_task[task] for task in tasks] for name, by_task in scores.items()}
+        ranked = sorted(by_method, key=lambda name: -np.concatenate(by_method[name]).mean())
+        table = table_of_aggregates(rng, {name: by_method[name] for name in ranked})
+        parts.append(f"## After {words}\n\n{table}")
+    write_report(args, parts)
+
+
+def write_report(args, parts):
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "report.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    print(path.read_text())
+
+
+def main(args):
+    if args.published_only:
+        return report_published(args)
+    if not args.runs:
+        fail("no run folder, sweep folder or results.csv is given")
+    results = read_results(args)
+    tasks = list(dict.fromkeys(key.task for key in results.curves))
+    names = list(dict.fromkeys(results.names.values()))
+    styles = line_styles(names)
+    parts = [f"# {args.title or ', '.join(tasks)}", what_was_read(results)]
+    parts.append("## Success at the end\n\n" + table_of_tasks(results))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_results(args.output / "results.csv", results)
+        for domain in dict.fromkeys(map(domain_of, tasks)):
+            chosen = [task for task in tasks if domain_of(task) == domain]
+            name = f"success_{domain}.png" if len(chosen) < len(tasks) else "success.png"
+            figure = draw_success(results, chosen, styles, args.published, args.title)
+            figure.savefig(args.output / name, dpi=140)
+            parts.append(f"![success over steps]({name})")
+        if len(tasks) > 1:
+            parts.append("## By domain\n\n" + table_of_domains(final_scores(results)))
+            aggregate(args, results, styles, parts)
+        if args.published:
+            parts.append("## Beside the paper\n\n" + table_of_published(results))
+        write_report(args, parts)
+    except OSError as error:
+        fail(str(error), status=1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
