@@ -18,7 +18,7 @@ from vectors import (
 )
 
 import qam_offline
-from baselines import bam, dsrl, fbrac, fql
+from baselines import bam, cgql, dac, dsrl, fawac, fbrac, fedit, fql, ifql, qsm, rebrac, rlpd
 from variants import qam_edit, qam_fql, trqam
 
 SCRIPTS = {
@@ -29,6 +29,16 @@ SCRIPTS = {
     "qam_fql": qam_fql,
     "qam_edit": qam_edit,
     "trqam": trqam,
+    "fedit": fedit,
+    "ifql": ifql,
+    "fawac": fawac,
+    "rebrac": rebrac,
+    "rlpd": rlpd,
+    "cgql": cgql,
+    "cgql_mse": cgql,
+    "cgql_linex": cgql,
+    "qsm": qsm,
+    "dac": dac,
 }
 COEFFICIENTS = {
     "fql": {"alpha": 30.0},
@@ -38,6 +48,16 @@ COEFFICIENTS = {
     "qam_fql": {"inv_temp": 3.0, "fql_alpha": 30.0},
     "qam_edit": {"inv_temp": 3.0, "edit_scale": 0.1},
     "trqam": {"kl_budget": 1.0},
+    "fedit": {"edit_scale": 0.2},
+    "ifql": {"kappa": 0.9},
+    "fawac": {"inv_temp": 4.0},
+    "rebrac": {"alpha_actor": 0.1, "actor_noise": 0.4},
+    "rlpd": {"bc_alpha": 0.1},
+    "cgql": {"mode": "simple", "inv_temp": 3.0, "guidance_coef": 0.1},
+    "cgql_mse": {"mode": "mse", "inv_temp": 3.0, "guidance_coef": 0.1, "noisy_coef": 0.1},
+    "cgql_linex": {"mode": "linex", "inv_temp": 3.0, "guidance_coef": 0.1, "noisy_coef": 0.1},
+    "qsm": {"alpha": 10.0, "inv_temp": 3.0},
+    "dac": {"alpha": 1.0},
 }
 
 # What the reference calls our networks; which of them have a target copy.
@@ -81,6 +101,36 @@ NETWORKS = {
         "behavior": "actor_slow",
         "policy": "actor_fast",
     },
+    "fedit": {
+        "critic": "critic",
+        "behavior": "actor_bc_flow",
+        "edit": "edit_actor",
+        "log_beta": "alpha",
+    },
+    "ifql": {
+        "critic": "critic",
+        "value": "value",
+        "behavior": "actor_flow",
+    },
+    "fawac": {
+        "critic": "critic",
+        "value": "value",
+        "policy": "actor",
+    },
+    "rebrac": {
+        "critic": "critic",
+        "policy": "actor",
+    },
+    "rlpd": {
+        "critic": "critic",
+        "policy": "actor",
+        "log_beta": "alpha",
+    },
+    "cgql": {"critic": "critic", "behavior": "actor"},
+    "cgql_mse": {"critic": "critic", "behavior": "actor"},
+    "cgql_linex": {"critic": "critic", "behavior": "actor"},
+    "qsm": {"critic": "critic", "policy": "actor"},
+    "dac": {"critic": "critic", "policy": "actor"},
 }
 TARGETS = {
     "fql": ("critic",),
@@ -90,6 +140,16 @@ TARGETS = {
     "qam_fql": ("critic", "behavior"),
     "qam_edit": ("critic", "behavior"),
     "trqam": ("critic", "behavior"),
+    "fedit": ("critic",),
+    "ifql": ("critic",),
+    "fawac": ("critic",),
+    "rebrac": ("critic", "policy"),
+    "rlpd": ("critic",),
+    "cgql": ("critic", "behavior"),
+    "cgql_mse": ("critic", "behavior"),
+    "cgql_linex": ("critic", "behavior"),
+    "qsm": ("critic",),
+    "dac": ("critic",),
 }
 
 # The normal draws of critic_loss and policy_loss, in their order.
@@ -109,9 +169,34 @@ DRAWS = {
         "edit_eps",
     ),
     "trqam": ("next_action", "bc_x0", "sde_x0", "sde"),
+    "fedit": ("next_action", "next_edit_eps", "bc_x0", "actor", "edit_eps"),
+    "ifql": ("bc_x0",),
+    "fawac": ("next_action", "bc_x0"),
+    "rebrac": ("next_action",),
+    "rlpd": ("next_action_eps", "actor_eps"),
+    "cgql": ("next_action", "bc_x0"),
+    "cgql_mse": ("next_action", "noisy_x0", "bc_x0"),
+    "cgql_linex": ("next_action", "noisy_x0", "bc_x0"),
+    "qsm": ("next_action", "bc_noise"),
+    "dac": ("next_action", "bc_noise"),
 }
-# Those of them that make a'.
-ACTING_DRAWS = {"qam_edit": 2}
+# The uniform draws, if they are others.
+TIMES = {
+    "cgql_mse": ("noisy_t", "bc_t"),
+    "cgql_linex": ("noisy_t", "bc_t"),
+    "qsm": (),
+    "dac": (),
+}
+# How many of them make a'.
+ACTING_DRAWS = {"qam_edit": 2, "fedit": 2}
+# The draws with which the reference acts.
+ACTS = {
+    "fedit": ("act", "act_edit_eps"),
+    "ifql": ("act",),
+    "fawac": ("act",),
+    "rebrac": ("act",),
+    "rlpd": ("act_eps",),
+}
 
 # What the reference calls our metrics.
 CRITIC_METRICS = {"critic_loss": "critic/critic_loss", "q_mean": "critic/q_mean"}
@@ -154,6 +239,40 @@ METRICS = {
         "adjoint_loss": "actor/adj_loss",
         "path_kl": "actor/path_kl",
     },
+    "fedit": {
+        "flow_loss": "actor/bc_flow_loss",
+        "policy_loss": "actor/actor_loss",
+        "beta_loss": "actor/edit_alpha_loss",
+        "entropy": "actor/edit_entropy",
+    },
+    "ifql": {
+        "flow_loss": "actor/actor_loss",
+        "value_loss": "value/value_loss",
+        "value": "value/v_mean",
+    },
+    "fawac": {
+        "flow_loss": "actor/actor_loss",
+        "value_loss": "critic/value_loss",
+    },
+    "rebrac": {
+        "actor_loss": "actor/actor_loss",
+        "bc_loss": "actor/bc_loss",
+        "policy_loss": "actor/total_loss",
+    },
+    "rlpd": {
+        "actor_loss": "actor/actor_loss",
+        "beta_loss": "actor/alpha_loss",
+        "bc_loss": "actor/bc_loss",
+        "beta": "actor/alpha",
+        "entropy": "actor/entropy",
+        "value": "actor/q",
+        "policy_loss": "actor/total_loss",
+    },
+    "cgql": {"flow_loss": "actor/flow_loss"},
+    "cgql_mse": {"flow_loss": "actor/flow_loss", "noisy_loss": "critic/noisy_critic_loss"},
+    "cgql_linex": {"flow_loss": "actor/flow_loss", "noisy_loss": "critic/noisy_critic_loss"},
+    "qsm": {},
+    "dac": {},
 }
 
 
@@ -175,20 +294,27 @@ def case(name):
 
 @pytest.fixture(scope="module")
 def gradients_and_metrics(name, case):
-    return losses_with_reference_draws(SCRIPTS[name], case, DRAWS[name])
+    times = TIMES.get(name, ("bc_t",))
+    return losses_with_reference_draws(SCRIPTS[name], case, DRAWS[name], times)
 
 
 def test_losses_match_the_reference(name, case, gradients_and_metrics):
     _, metrics = gradients_and_metrics
     for ours, reference in {**CRITIC_METRICS, **METRICS[name]}.items():
-        assert_close(metrics[ours], case.arrays[f"info/{reference}"])
+        expected = case.arrays.get(f"info/{reference}")
+        if ours == "q_mean" and "out/q" in case.arrays:
+            expected = case.arrays["out/q"].mean()  # IFQL's reference has y there
+        assert_close(metrics[ours], expected)
     info = {key.rpartition("/")[2]: array for key, array in case.arrays.items() if "info/" in key}
+    if name in ("qsm", "dac"):
+        assert_close(metrics["bc_loss"], case.arrays["out/bc_loss"])
+        assert_close(metrics["actor_loss"], case.arrays["out/actor_loss"])
     if name == "bam":
         both_terms = metrics["path_loss"] - case.args.inv_temp * metrics["value"]
         assert_close(both_terms, info["bam_loss"])
     if name == "qam_fql":
         assert_close(-metrics["value"], info["fql_q_loss"])
-    if name == "qam_edit":
+    if name in ("qam_edit", "fedit"):
         assert_close(-metrics["value"], info["edit_q_loss"])
         assert_close(metrics["edit_loss"], info["edit_q_loss"] + info["edit_entropy_loss"])
 
@@ -200,12 +326,34 @@ def test_gradients_match_the_reference(name, case, gradients_and_metrics):
 
 
 def test_next_actions_match_the_reference(name, case):
+    if name == "ifql":
+        pytest.skip("IFQL has no a'")
     draws = DRAWS[name][: ACTING_DRAWS.get(name, 1)]
     noises = [case.arrays[f"noise/{draw}"] for draw in draws]
     acting = {**case.params, "target": case.target_params}
+    if name == "rebrac":
+        acting = case.target_params
     policy_actions = partial(SCRIPTS[name].policy_actions, case.args, case.networks)
     actions = policy_actions(acting, case.batch.next_observations, *noises)
     assert_close(actions, case.arrays["out/next_actions"])
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_acting_matches_the_reference(name):
+    """Where the reference acts, too: ReBRAC with its noise, IFQL by the best of 32."""
+    case = case_of(name)
+    act = partial(SCRIPTS[name].sample_actions, case.args, case.networks)
+    draws = iter(ACTS[name])
+
+    def next_draw(key, shape):
+        return jnp.asarray(case.arrays[f"noise/{next(draws)}"]).reshape(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "normal", next_draw)
+        params = {**case.params, "target": case.target_params}
+        actions = act(params, case.batch.observations, jax.random.key(0))
+    assert_close(actions, case.arrays["out/act"])
+    assert list(draws) == []
 
 
 def test_parameters_and_targets_are_those_of_the_reference(name, case):
@@ -415,3 +563,146 @@ def all_equal(tree, other):
 def test_flags_of_trqam_that_can_not_be_used(values, words):
     with pytest.raises(ValueError, match=words):
         trqam.Args(**values)
+
+
+# ------------------------------------------------------------------------------------------ ReBRAC
+
+
+def test_targets_of_rebrac_move_at_every_other_step():
+    """The first step is 1; critic and policy move at every one."""
+    case = case_of("rebrac")
+    state = rebrac.init_state(case.args, case.networks, 6, 3, jax.random.key(0))
+    update = jax.jit(partial(rebrac.update, case.args, case.networks))
+    for moves in (False, True, False, True):
+        after, _ = update(state, case.batch, jax.random.key(1))
+        for network in ("critic", "policy"):
+            targets = (after.target_params[network], state.target_params[network])
+            assert all_equal(*targets) != moves or state.step == 1  # copies at first
+            assert not all_equal(after.params[network], state.params[network])
+        state = after
+
+
+def test_rebrac_starts_near_zero():
+    """The last kernel is a tenth of Xavier's: uniform within sqrt(3 * 0.01 / mean fan)."""
+    case = case_of("rebrac")
+    state = rebrac.init_state(case.args, case.networks, 6, 3, jax.random.key(0))
+    kernel = np.asarray(state.params["policy"]["mean_net"]["kernel"])
+    limit = np.sqrt(3 * 0.01 / ((kernel.shape[0] + kernel.shape[1]) / 2))
+    assert 0.9 * limit < np.abs(kernel).max() <= limit
+
+
+# ------------------------------------------------------------------------------------------- CGQL
+
+
+def test_guidance_of_a_gaussian_is_exact():
+    """Data N(0, I) and Q linear: (.. + x) / t is the velocity of a flow with the score of Q."""
+    args = cgql.Args(mode="simple", inv_temp=2.0, guidance_coef=1.0)
+    slope = jnp.array([0.5, -1.0])
+
+    def velocity(x, t):
+        return jnp.zeros_like(x)
+
+    def q(inputs):
+        return (inputs[..., :2] @ slope)[None]
+
+    guided = cgql.guided_velocity(args, velocity, q)
+    x = jnp.array([[0.3, 0.4]])
+    t = jnp.array([[0.25]])
+    # A score s belongs to the velocity (x + (1 - t) s) / t of the path of (2).
+    assert_allclose(guided(x, t), (x + 0.75 * 2.0 * slope) / 0.25, rtol=1e-6)
+    assert_allclose(guided(x, 0 * t), jnp.zeros((1, 2)))
+    no_value = cgql.Args(mode="simple", inv_temp=0.0, guidance_coef=1.0)
+    assert cgql.guided_velocity(no_value, velocity, q) is velocity
+
+
+def test_linex_is_least_where_the_two_agree():
+    args = cgql.Args(mode="linex", inv_temp=2.0)
+    data_q = jnp.array([-10.0])
+    slope = jax.grad(lambda q: cgql.noisy_error(args, q, data_q)[0])
+    assert float(slope(data_q)[0]) == pytest.approx(0, abs=1e-6)
+    assert float(slope(data_q - 1)[0]) < 0 < float(slope(data_q + 1)[0])
+    assert float(slope(data_q - 3)[0]) == -2  # beyond the jump at d = 5 it is a straight line
+
+
+def test_modes_of_cgql():
+    coefficients = []
+    for mode in ("simple", "mse", "linex"):
+        coefficients.append(cgql.Args(env_id="puzzle-3x3-play-task1", mode=mode).noisy_coef)
+    assert coefficients == [0.0, 0.1, 0.001]
+    with pytest.raises(ValueError, match="--mode must be simple, mse, linex, not max"):
+        cgql.Args(mode="max")
+
+
+# ----------------------------------------------------------------------------------------- QSM, DAC
+
+
+@pytest.mark.parametrize("script", [qsm, dac])
+def test_the_schedule_is_the_references(script):
+    arrays = case_of("qsm").arrays
+    alpha, abar = script.vp_schedule(10)
+    assert_allclose(alpha, arrays["out/alpha"][1:], rtol=1e-5)
+    assert_allclose(abar, arrays["out/abar"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sample", [qsm.sample_by_prediction, dac.sample_by_posterior])
+def test_a_perfect_noise_prediction_samples_the_action(sample):
+    """If all data are one action, the noise in x_k is known, and x_0 is that action."""
+    action = jnp.array([0.3, -0.6])
+
+    def epsilon(x, k):
+        _, abar = qsm.vp_schedule(10)
+        return (x - jnp.sqrt(abar[k]) * action) / jnp.sqrt(1 - abar[k])
+
+    noise = jax.random.normal(jax.random.key(0), (10, 50, 2))
+    assert_allclose(sample(epsilon, noise), jnp.broadcast_to(action, (50, 2)), atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------- IFQL and FAWAC
+
+
+def test_value_of_ifql_is_the_expectile():
+    """Trained on values -1 and 1, half each, it goes to 2 kappa - 1 (kappa = 0.9: 0.8)."""
+    args = ifql.Args(hidden_dims=(16,), num_critics=1, horizon=1, kappa=0.9, rho=0.0)
+    networks = ifql.make_networks(args, 1, 1)
+    state = ifql.init_state(args, networks, 1, 1, jax.random.key(0))
+    ones = jnp.ones(64)
+    values = jnp.tile(jnp.array([-1.0, 1.0]), 32)
+    batch = ifql.Batch(jnp.zeros((64, 1)), values[:, None], ones, ones, ones, jnp.zeros((64, 1)))
+
+    def q(observations, actions):
+        return actions[..., 0][None]
+
+    def loss(params):
+        total, _ = ifql.policy_loss(
+            args, networks, params, state.target_params, batch, q, q, jax.random.key(0)
+        )
+        return total
+
+    @jax.jit
+    def step(params):
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params))
+
+    params = state.params
+    for _ in range(400):
+        params = step(params)
+    value = networks.value.apply({"params": params["value"]}, jnp.zeros((1, 1)))
+    assert float(value[0]) == pytest.approx(0.8, abs=0.02)
+
+
+def test_weights_of_fawac():
+    """exp(inv_temp (Q - V)), at most 100, and for chunks that fit alone."""
+    case = case_of("fawac")
+    observations = case.batch.observations
+    value = case.closure("value", case.params)(observations)
+
+    def weight_of(advantage):
+        def q(observations, actions):
+            return (value + advantage)[None]
+
+        shared = case.shared(case.params)
+        _, metrics = fawac.policy_loss(*shared, q, q, jax.random.key(0))
+        return float(metrics["weight"])
+
+    assert weight_of(0.0) == pytest.approx(1, rel=1e-5)
+    assert weight_of(0.5) == pytest.approx(np.exp(4.0 * 0.5), rel=1e-4)
+    assert weight_of(5.0) == 100

@@ -17,8 +17,16 @@ SCRIPTS = [
     "variants/qam_fql.py",
     "variants/qam_edit.py",
     "variants/trqam.py",
+    "baselines/fedit.py",
+    "baselines/ifql.py",
+    "baselines/fawac.py",
+    "baselines/rebrac.py",
+    "baselines/rlpd.py",
+    "baselines/cgql.py",
+    "baselines/qsm.py",
+    "baselines/dac.py",
 ]
-WITHOUT_BEHAVIOR = "baselines/fbrac.py"
+WITHOUT_BEHAVIOR = [f"baselines/{name}.py" for name in "fbrac fawac rebrac rlpd qsm dac".split()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +75,7 @@ def test_metrics_of_both_seeds(script, folders):
     metrics = read_rows(folders[script] / "metrics.csv")
     marks = [(row["step"], row["seed"]) for row in metrics]
     assert marks == [("10", "1"), ("10", "2"), ("20", "1"), ("20", "2")]
-    names = {"critic_loss", "flow_loss", "grad_norm", "updates_per_second"}
+    names = {"critic_loss", "q_mean", "grad_norm", "updates_per_second"}
     assert names < metrics[0].keys()
     numbers = [float(value) for row in metrics for value in row.values()]
     assert np.isfinite(numbers).all()
@@ -87,7 +95,7 @@ def test_evaluate_scores_them_as_they_did(folders):
 
 def test_evaluate_scores_the_behavior_flow(folders):
     """And keeps the scores in each run's folder."""
-    with_behavior = [folders[script] for script in SCRIPTS if script != WITHOUT_BEHAVIOR]
+    with_behavior = [folders[script] for script in SCRIPTS if script not in WITHOUT_BEHAVIOR]
     done = evaluate(*with_behavior, "--behavior", "--episodes", "1")
     printed = scores_printed(done, "behavior")
     assert [scores["seed"] for scores in printed] == ["1", "2"] * len(with_behavior)
@@ -97,7 +105,7 @@ def test_evaluate_scores_the_behavior_flow(folders):
 
 
 def test_evaluate_tells_of_a_run_without_a_behavior_flow(folders):
-    done = evaluate(folders[WITHOUT_BEHAVIOR], "--behavior")
+    done = evaluate(folders[WITHOUT_BEHAVIOR[0]], "--behavior")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

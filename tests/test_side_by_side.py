@@ -28,6 +28,14 @@ MOST_DIFFERENT_LINES = {
     "variants/qam_fql.py": 70,
     "variants/qam_edit.py": 125,
     "variants/trqam.py": 105,
+    "baselines/fedit.py": 185,
+    "baselines/ifql.py": 165,
+    "baselines/fawac.py": 150,
+    "baselines/rebrac.py": 180,
+    "baselines/rlpd.py": 180,
+    "baselines/cgql.py": 215,
+    "baselines/qsm.py": 245,
+    "baselines/dac.py": 240,
 }
 
 MOST_TOKENS_A_LINE = 11

@@ -88,9 +88,10 @@ def read_case(script, file, names, targets, **coefficients):
 
 
 @contextmanager
-def reference_draws(case, normal):
-    """What a script draws are the reference's numbers, `normal` naming them in their order."""
+def reference_draws(case, normal, times=("bc_t",)):
+    """What a script draws are the reference's numbers: `normal` and `times` have their names."""
     names = iter(normal)
+    names_of_times = iter(times)
     uniform = jax.random.uniform
 
     def next_normal(key, shape):
@@ -99,21 +100,28 @@ def reference_draws(case, normal):
         assert array.shape == shape
         return array
 
-    def times(key, shape, *rest):
+    def next_times(key, shape, *rest):
         if rest:  # flax may draw kernels, to see what shapes they have
             return uniform(key, shape, *rest)
-        array = jnp.asarray(case.arrays["noise/bc_t"])
+        array = jnp.asarray(case.arrays[f"noise/{next(names_of_times)}"])
         assert array.shape == shape
         return array
 
+    def steps(key, shape, lowest, beyond):
+        array = case.arrays["noise/bc_k"]
+        assert array.shape == shape
+        assert lowest <= array.min() < array.max() < beyond
+        return jnp.asarray(array)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.random, "normal", next_normal)
-        patch.setattr(jax.random, "uniform", times)
+        patch.setattr(jax.random, "uniform", next_times)
+        patch.setattr(jax.random, "randint", steps)
         yield
     assert list(names) == []
 
 
-def losses_with_reference_draws(script, case, normal):
+def losses_with_reference_draws(script, case, normal, times=("bc_t",)):
     """critic_loss and policy_loss: (gradients of their sum, metrics)."""
     key = jax.random.key(0)
     q = case.closure("critic", case.params)
@@ -124,7 +132,7 @@ def losses_with_reference_draws(script, case, normal):
         loss_pi, metrics_pi = script.policy_loss(*case.shared(params), q, target_q, key)
         return loss_q + loss_pi, {**metrics_q, **metrics_pi, "policy_loss": loss_pi}
 
-    with reference_draws(case, normal):
+    with reference_draws(case, normal, times):
         return jax.jit(jax.grad(losses, has_aux=True))(case.params)
 
 

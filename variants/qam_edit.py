@@ -364,7 +364,7 @@ def flow_actions(args, networks, params, observations, noise):
 
 
 def edit_actions(args, networks, params, observations, actions, noise):
-    """Equation (7): (..., O), a_flow (..., D), noise (..., D) -> a (..., D), log pi(e) (...,)."""
+    """The edited a: (..., O), a_flow (..., D), noise (..., D) -> a (..., D), log pi(e) (...,)."""
     inputs = jnp.concatenate([observations, actions], axis=-1)
     mean, log_std = networks.edit.apply({"params": params["edit"]}, inputs)
     e, log_density = sample_tanh_gaussian(mean, log_std, noise)
@@ -456,9 +456,9 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
     return jnp.mean(jnp.sum(residual**2, axis=(0, 2)))
 
 
-def edit_loss(args, networks, params, observations, q, x0, noise):
-    """Equations (7) and (8): (B, O), q as below, two draws (B, D) -> (loss, metrics)."""
-    actions = jax.lax.stop_gradient(flow_actions(args, networks, params, observations, x0))
+def edit_loss(args, networks, params, observations, q, actions, noise):
+    """The edits' and beta's: (B, O), q as below, a_flow (B, D), noise (B, D) -> (loss, metrics)."""
+    actions = jax.lax.stop_gradient(actions)
     actions, log_density = edit_actions(args, networks, params, observations, actions, noise)
     value = q(observations, actions).mean()
     entropy = -log_density.mean()
@@ -510,7 +510,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     if args.edit_scale != 0:
         x0 = jax.random.normal(key_flow, shape)
         noise = jax.random.normal(key_edit, shape)
-        loss_e, metrics_e = edit_loss(args, networks, params, observations, q, x0, noise)
+        actions = flow_actions(args, networks, params, observations, x0)
+        loss_e, metrics_e = edit_loss(args, networks, params, observations, q, actions, noise)
         loss += loss_e
         metrics |= metrics_e
     return loss, metrics
