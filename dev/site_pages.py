@@ -1,12 +1,14 @@
 """A hook of mkdocs (see mkdocs.yml): the pages that are made from the project's own files.
 
 The README and the results become pages, every script gets one: its docstring, what differs from the
-file that it is read against, and its code. In the lesson a line {{ code NAME }} becomes that
-definition of qam_offline.py, and $ .. $ or $$ .. $$ an equation. Nothing is copied by hand, so
-nothing can drift. Links between the project's files become links between pages.
+file that it is read against, its metrics and its code. In the lesson a line {{ code NAME }} becomes
+that definition of qam_offline.py, {{ line SCRIPT TEXT }} the line of a script that holds a text,
+and $ .. $ or $$ .. $$ an equation. Nothing is copied by hand, so nothing can drift. Links between
+the project's files become links between pages.
 """
 
 import ast
+import csv
 import difflib
 import html
 import os
@@ -85,6 +87,43 @@ def with_site_links(markdown, page_path):
     return LINK.sub(replace, markdown)
 
 
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def mean_of(rows):
+    """Of numbers, to three digits."""
+    return f"{sum(rows) / len(rows):.3g}"
+
+
+def metrics_table(path):
+    """The metrics of a script in one run on the maze, in Markdown."""
+    with (ROOT / "results/metrics/metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["script"] == Path(path).name]
+    curves = {}  # {metric: {step: value}}
+    for row in rows:
+        curves.setdefault(row["metric"], {})[int(row["step"])] = float(row["value"])
+    last = max(curves["critic_loss"])
+    meanings = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
+    lines = [
+        f"| metric | what it is | first row | {last // 2:,} | last quarter |",
+        "|---|---|---|---|---|",
+    ]
+    for name, words in meanings:
+        if name not in curves:
+            continue
+        curve = curves[name]
+        values = (
+            mean_of([curve[min(curve)]]),
+            mean_of([curve[last // 2]]),
+            mean_of([curve[step] for step in curve if step > 0.75 * last]),
+        )
+        lines.append(f"| `{name}` | {words} | {' | '.join(values)} |")
+    unknown = curves.keys() - dict(meanings).keys()
+    if unknown:
+        raise LookupError(f"{path} logs {unknown}, and docs/metrics.md does not say what that is")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------- scripts
 
 
@@ -138,6 +177,12 @@ def script_page(path):
         parts.append(f"## What differs from {FIRST}")
         parts.append(f"Left {FIRST}, right `{path}`.")
         parts.append(side_by_side(before, text.splitlines()))
+    parts.append("## What it logs")
+    parts.append(
+        "From one run on the quick start's maze, seed 1 ([which](../metrics.md)): the first row, at"
+        " 500 updates, the row at half time, and the mean over the last quarter."
+    )
+    parts.append(metrics_table(path))
     parts.append("## The whole file")
     parts.append(highlight(text.splitlines(), anchors="line"))
     return "\n\n".join(parts)
@@ -167,6 +212,19 @@ def quote_code(match):
     return f'<div class="highlight script"><pre>{code}</pre></div>'
 
 
+def quote_line(match):
+    """The line of a script that holds a text, with its number as a link."""
+    path, text = match[1], match[2]
+    lines = (ROOT / path).read_text().splitlines()
+    numbers = [i for i, line in enumerate(lines) if text in line]
+    if len(numbers) != 1:
+        raise LookupError(f"{path} has {len(numbers)} lines with {text}")
+    (i,) = numbers
+    page = PurePosixPath(PAGES[path]).with_suffix(".html")
+    link = f'<a class="linenos" href="../{page}#line-{i + 1}">{path}, {i + 1}</a>'
+    return f'<div class="highlight script"><pre>{link}{highlight([lines[i].strip()])}</pre></div>'
+
+
 def equation(match):
     """LaTeX as MathML, which browsers draw without a program."""
     if match[0].startswith("$$"):
@@ -180,6 +238,7 @@ def with_code_and_equations(markdown):
     parts = re.split(r"(```[\s\S]*?```|`[^`\n]*`)", markdown)
     for i in range(0, len(parts), 2):
         part = re.sub(r"^\{\{ code (\w+) \}\}$", quote_code, parts[i], flags=re.M)
+        part = re.sub(r"^\{\{ line (\S+) (.+) \}\}$", quote_line, part, flags=re.M)
         part = re.sub(r"\$\$([^$]+)\$\$", equation, part)
         parts[i] = re.sub(r"\$([^$\n]+)\$", equation, part)
     return "".join(parts)

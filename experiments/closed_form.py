@@ -227,14 +227,19 @@ class Trained(NamedTuple):
 
 def train(name, values, flow_steps, num_steps, seed, num_chain=0) -> Trained:
     """Train a script's policy_loss on the bandit, once a value of its coefficient, side by side."""
-    script = load(name)
+    coefficient, _ = GRIDS[name]
+    return train_script(load(name), coefficient, values, flow_steps, num_steps, seed, num_chain)
+
+
+def train_script(script, name, values, flow_steps, num_steps, seed, num_chain=0) -> Trained:
+    """The same for any script as a module, and the name of the coefficient."""
     args = make_args(script, flow_steps)
     networks = script.make_networks(args, 1, 2)
     key = jax.random.key(seed)
 
     def one_run(coefficient):
         own = copy.copy(args)
-        setattr(own, GRIDS[name][0], coefficient)
+        setattr(own, name, coefficient)
         state = script.init_state(own, networks, 1, 2, key)
 
         def one_update(state, step):
