@@ -34,6 +34,14 @@ SCRIPTS = (
     "baselines/dsrl.py",
     "baselines/fbrac.py",
     "baselines/bam.py",
+    "baselines/fedit.py",
+    "baselines/ifql.py",
+    "baselines/fawac.py",
+    "baselines/rebrac.py",
+    "baselines/rlpd.py",
+    "baselines/cgql.py",
+    "baselines/qsm.py",
+    "baselines/dac.py",
 )
 # The page of a file: {path in the project: path in the site's sources}.
 PAGES = {"README.md": "index.md", "results/README.md": "results/index.md"}
@@ -173,9 +181,11 @@ def script_page(path):
     title, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
     parts = [f"# {html.escape(title.rstrip('.'))}", f"`{path}`", describe(rest)]
     if path != FIRST:
-        before = (ROOT / FIRST).read_text().splitlines()
-        parts.append(f"## What differs from {FIRST}")
-        parts.append(f"Left {FIRST}, right `{path}`.")
+        named = re.search(r"^Nearest: (\S+)\.$", rest, re.M)
+        nearest = named[1] if named else FIRST
+        before = (ROOT / nearest).read_text().splitlines()
+        parts.append(f"## What differs from {nearest}")
+        parts.append(f"Left `{nearest}`, right `{path}`.")
         parts.append(side_by_side(before, text.splitlines()))
     parts.append("## What it logs")
     parts.append(

@@ -5,8 +5,9 @@ A bandit with two actions. Behavior: four equal Gaussians at (+-0.5, +-0.5), sta
 behavior(a) exp(Q(a)) / Z, is a mixture of Gaussians again. Every method's own policy_loss, imported
 from its script, is trained on it with the analytic Q handed in, once for each coefficient of a
 small grid; the figure shows behavior, target, and what each method makes of it at its best
-coefficient. Distance: squared MMD (V-statistic), RBF kernels of width 0.1, 0.3, 1.0 summed, 3,000
-samples.
+coefficient. (CGQL asks its critic while it acts: there Q is put in the critic's place, and its
+modes mse and linex, which train a critic for that, are left out.) Distance: squared MMD
+(V-statistic), RBF kernels of width 0.1, 0.3, 1.0 summed, 3,000 samples.
 
 Exact is "what the base chain samples, times exp(Q)": with few steps that chain is not the data. So
 for the two methods that match adjoints, at 10 and 30 steps, also: the distance of the base chain
@@ -34,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,10 @@ GRIDS = {
     "dsrl": ("noise_scale", (1.0, 1.5, 2.5)),
     "fbrac": ("alpha", (3.0, 10.0, 30.0)),
     "bam": ("inv_temp", (3.0, 10.0, 30.0)),
+    "fawac": ("inv_temp", (1.0,)),
+    "cgql": ("guidance_coef", (0.03, 0.1, 0.3)),
+    "qsm": ("inv_temp", (1.0, 3.0, 10.0)),
+    "dac": ("alpha", (0.5, 1.0, 3.0)),
 }
 NAMES = {
     "qam_offline": "QAM",
@@ -68,6 +74,10 @@ NAMES = {
     "dsrl": "DSRL",
     "fbrac": "FBRAC",
     "bam": "BAM",
+    "fawac": "FAWAC",
+    "cgql": "CGQL",
+    "qsm": "QSM",
+    "dac": "DAC",
 }
 MATCHING = ("qam_offline", "qam_diffusion_variant")
 GRADIENT_METHODS = ("qam_offline", "fbrac", "bam")
@@ -217,6 +227,14 @@ def sample_base_chain(script, networks, params: dict, noise):
     return states[-1]
 
 
+class KnownCritic(nn.Module):
+    """Q for a method that asks its critic while it acts; a time behind the action is left out."""
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        return value(actions[..., :2])[None]  # (K=1, ...)
+
+
 class Trained(NamedTuple):
     """What training leaves, with a leading axis of coefficients C."""
 
@@ -241,16 +259,17 @@ def train_script(script, name, values, flow_steps, num_steps, seed, num_chain=0)
         own = copy.copy(args)
         setattr(own, name, coefficient)
         state = script.init_state(own, networks, 1, 2, key)
+        known = networks._replace(critic=KnownCritic())
 
         def one_update(state, step):
             key_step = jax.random.fold_in(key, step)
-            return policy_update(script, own, networks, state, key_step)
+            return policy_update(script, own, known, state, key_step)
 
         state, norms = jax.lax.scan(one_update, state, jnp.arange(num_steps))
         acting = {**state.params, "target": state.target_params}
         observations = jnp.zeros((NUM_SAMPLES, 1))
         key_act = jax.random.key(seed + 1)
-        samples = script.sample_actions(own, networks, acting, observations, key_act)
+        samples = script.sample_actions(own, known, acting, observations, key_act)
         chain = None
         if num_chain:
             key_chain = jax.random.key(seed + 2)
@@ -333,9 +352,10 @@ def run_bandit(options, rng) -> dict[str, float]:
 
 
 def draw_panels(path: Path, panels: list) -> None:
-    """A scatter of each (title, samples, distance)."""
-    figure = Figure(figsize=(2.3 * len(panels), 2.7))
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    """A scatter of each (title, samples, distance), four in a row."""
+    num_rows = -(-len(panels) // 4)
+    figure = Figure(figsize=(2.3 * 4, 2.7 * num_rows))
+    axes = figure.subplots(num_rows, 4, sharex=True, sharey=True).ravel()
     for i, (title, sample, distance) in enumerate(panels):
         axes[i].scatter(*sample.T, s=1, alpha=0.4, linewidths=0)
         axes[i].set_title(f"{title}\nMMD {distance:.4f}", fontsize=8)

@@ -82,6 +82,8 @@ def test_a_plan_crosses_everything(tmp_path):
     assert len({job["command"] for job in jobs}) == len(jobs)
     assert "--env-id scene-play-task5 --inv-temp 3 --tau 0.2 --batch-size 8" in jobs[-1]["command"]
     assert "--seed 3 --num-seeds 2" in jobs[-1]["command"]
+    done = sweep("plan", tmp_path / "paper", "--preset", "paper", "--num-seeds", "12")
+    assert "800 jobs, 9600 runs" in done.stdout
     task = "cube-double-play-task2"
     done = sweep("plan", tmp_path / "b", "--scripts", *scripts, "--tasks", task, "--online")
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,17 @@ METHODS = {
     "dsrl": "DSRL",
     "fbrac": "FBRAC",
     "bam": "BAM",
+    "fedit": "FEdit",
+    "ifql": "IFQL",
+    "fawac": "FAWAC",
+    "rebrac": "ReBRAC",
+    "rlpd": "RLPD",
+    "cgql": "CGQL",
+    "qsm": "QSM",
+    "dac": "DAC",
 }
+# CGQL's modes are methods of their own there.
+MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 NUM_BOOTSTRAP = 2000
@@ -106,6 +116,9 @@ class Key(NamedTuple):
     def method(self):
         stem = self.script.replace("_offline_to_online", "")
         stem = "qam_offline" if stem == "qam" else stem
+        for mode, name in MODES.items():
+            if mode in self.setting.split():
+                return name
         return METHODS.get(stem, self.script)
 
 

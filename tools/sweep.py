@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONLINE = ROOT / "tools/make_online.py"
-# The scripts of the paper's table that are here, and what it trains them on.
+# The methods of the paper's table, and what it trains them on. RLPD is made for the online phase.
 PAPER_SCRIPTS = (
     "qam_offline.py",
     "variants/qam_edit.py",
@@ -44,7 +44,17 @@ PAPER_SCRIPTS = (
     "baselines/dsrl.py",
     "baselines/fbrac.py",
     "baselines/bam.py",
+    "baselines/fedit.py",
+    "baselines/ifql.py",
+    "baselines/fawac.py",
+    "baselines/rebrac.py",
+    "baselines/cgql.py",
+    "baselines/cgql.py --mode mse",
+    "baselines/cgql.py --mode linex",
+    "baselines/qsm.py",
+    "baselines/dac.py",
 )
+PAPER_ONLINE = "baselines/rlpd.py --offline-steps 0 --balanced-sampling"
 PAPER_DOMAINS = (
     "cube-double-play",
     "cube-triple-play",
@@ -70,13 +80,13 @@ class Plan:
     """Write OUT/jobs.csv. Flags that are not listed here go to the scripts."""
 
     out: OutFolder
-    scripts: tuple[str, ...] = ()  # one or more
+    scripts: tuple[str, ...] = ()  # one or more, each with flags of its own if in quotes
     tasks: tuple[str, ...] = ()  # domains (their five tasks each), or tasks
     seeds: int = 3  # seeds 1, 2, .. of each
     num_seeds: int = 1  # seeds that a job trains side by side on its device
     set: tuple[str, ...] = ()  # NAME=VALUE,VALUE: a job for every value; several are crossed
     online: bool = False  # the offline-to-online version of each script
-    preset: Literal["none", "paper"] = "none"  # paper: its table, as far as the scripts are here
+    preset: Literal["none", "paper"] = "none"  # paper: its methods, tasks and number of seeds
 
 
 @dataclasses.dataclass
@@ -164,7 +174,8 @@ def plan(args, flags):
     tasks = args.tasks
     seeds = args.seeds
     if args.preset == "paper":
-        scripts = scripts or [str(ROOT / name) for name in PAPER_SCRIPTS]
+        methods = (*PAPER_SCRIPTS, PAPER_ONLINE) if args.online else PAPER_SCRIPTS
+        scripts = scripts or [f"{ROOT}/{method}" for method in methods]
         tasks = tasks or PAPER_DOMAINS
         seeds = PAPER_SEEDS
     if not scripts or not tasks:
@@ -179,8 +190,9 @@ def plan(args, flags):
     first_seeds = range(1, seeds + 1, args.num_seeds)
     out = args.out.resolve()
     jobs = []
-    for script, task, own in itertools.product(scripts, tasks, combinations(args.set)):
-        kind = ["--env-id", task, *own, *flags]
+    for method, task, own in itertools.product(scripts, tasks, combinations(args.set)):
+        script, own_flags = method
+        kind = ["--env-id", task, *own_flags, *own, *flags]
         check_flags(script, kind)
         for seed in first_seeds:
             line = ["python", str(script), *kind, "--seed", str(seed)]
@@ -197,19 +209,20 @@ def plan(args, flags):
     print(f"{out / 'jobs.csv'}: {len(jobs)} jobs, {len(jobs) * args.num_seeds} runs")
 
 
-def find_script(name, online):
-    """The path of a script; its online version is made if that is wanted."""
+def find_script(words, online):
+    """(path of a script, its flags); its online version is made if that is wanted."""
+    name, *flags = shlex.split(words)
     script = Path(name).expanduser().resolve()
     if not script.exists():
         fail(f"there is no script {name}")
     if not online:
-        return script
+        return script, flags
     if script.name == "qam_offline.py":
-        return script.with_name("qam_offline_to_online.py")
+        return script.with_name("qam_offline_to_online.py"), flags
     done = subprocess.run([sys.executable, MAKE_ONLINE, script])
     if done.returncode:
         sys.exit(done.returncode)
-    return script.with_name(f"{script.stem}_offline_to_online.py")
+    return script.with_name(f"{script.stem}_offline_to_online.py"), flags
 
 
 def tasks_of(name):
