@@ -148,6 +148,26 @@ def test_both_phases_run(script, online_scripts, dataset_dir, tmp_path):
     assert states["step"][0] > 60 + 200
 
 
+def test_rlpd_runs_online_alone(online_scripts, dataset_dir, tmp_path):
+    """From its first step, half of each batch from the data; and stopped and gone on with."""
+    script = online_scripts["baselines/rlpd.py"]
+    flags = "--offline-steps 0 --balanced-sampling --bc-alpha 0.1 --online-steps 300"
+    flags += " --start-training 40 --eval-every 150 --log-every 100 --checkpoint-every 100"
+    run_dir = tmp_path / "runs"
+    process = start(script, dataset_dir, run_dir, *flags.split())
+    wait_for(has_online_rows, run_dir, process)
+    stop(process, signal.SIGKILL)
+    folder = folder_of(run_dir)
+    done = resume(folder)
+    assert done.returncode == 0, done.stderr
+    evals = [(row["step"], row["phase"]) for row in read_rows(folder / "eval.csv")]
+    assert evals == [("150", "online"), ("300", "online")]
+    states = read_states(folder)
+    assert len(states["online"]["rewards"]) == 300
+    assert states["step"][0] > 150
+    assert float(read_rows(folder / "metrics.csv")[-1]["bc_loss"]) != 0
+
+
 def test_killed_in_either_phase(online_scripts, dataset_dir, tmp_path):
     """TRQAM's lambda and its average are part of the state; while pretraining, they stand still."""
     script = online_scripts["variants/trqam.py"]

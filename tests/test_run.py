@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from refusals import parse, refusal
 
 import qam_offline as qam
+from baselines import cgql
 from variants import trqam
 
 SCRIPT = "qam_offline.py"
@@ -34,6 +35,13 @@ METHODS = {
     "baselines.bam": "BAM",
     "variants.qam_fql": "QAM_FQL",
     "variants.qam_edit": "QAM_EDIT",
+    "baselines.fedit": "FEDIT",
+    "baselines.ifql": "IFQL",
+    "baselines.fawac": "FAWAC",
+    "baselines.rebrac": "REBRAC",
+    "baselines.rlpd": "RLPD",
+    "baselines.qsm": "QSM",
+    "baselines.dac": "DAC",
 }
 
 
@@ -272,6 +280,16 @@ def test_settings_are_the_papers(script):
             assert getattr(args, name) == common[name]
         for name, value in settings[METHODS[script]].items():
             assert getattr(args, name, value) == value
+
+
+@pytest.mark.parametrize(
+    "mode, method", [("simple", "CGQL"), ("mse", "CGQL_MSE"), ("linex", "CGQL_LINEX")]
+)
+def test_settings_of_cgql_are_the_papers(mode, method):
+    for domain, settings in PAPER_SETTINGS.items():
+        args = cgql.Args(env_id=domain, mode=mode)
+        for name, value in settings[method].items():
+            assert getattr(args, name) == value
 
 
 @pytest.mark.parametrize("domain, kl_budget", [("cube-triple-play", 0.5), ("scene-play", 1.0)])
