@@ -112,17 +112,16 @@ def metrics_table(path):
         curves.setdefault(row["metric"], {})[int(row["step"])] = float(row["value"])
     last = max(curves["critic_loss"])
     meanings = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
-    lines = [
-        f"| metric | what it is | first row | {last // 2:,} | last quarter |",
-        "|---|---|---|---|---|",
-    ]
+    header = ("metric", "what it is", "first row", "half time", "last quarter")
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for name, words in meanings:
         if name not in curves:
             continue
         curve = curves[name]
+        half = max(step for step in curve if step <= max(last / 2, min(curve)))
         values = (
             mean_of([curve[min(curve)]]),
-            mean_of([curve[last // 2]]),
+            mean_of([curve[half]]),
             mean_of([curve[step] for step in curve if step > 0.75 * last]),
         )
         lines.append(f"| `{name}` | {words} | {' | '.join(values)} |")
