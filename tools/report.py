@@ -10,8 +10,8 @@ folder -o:
 
 results.csv     a row an evaluation of a seed
 report.md       what was read, final success by task and domain, aggregates, and the figures
-success.png     success over steps, a panel a task: the mean over seeds with its interval, each seed
-                thin, dashed the flow that imitates the data, dotted where a run goes online; of
+success.png     success over steps, a panel a task: the mean over seeds with its interval (where there
+                are at most seven curves), each seed thin, dashed the flow that imitates the data, dotted where a run goes online; of
                 several domains, a file each
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264)
@@ -75,6 +75,7 @@ METHODS = {
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_BANDS = 7  # curves of a panel; with more their intervals would hide each other
 NUM_BOOTSTRAP = 2000
 CLOSE_ENOUGH = (
     0.1  # of success: what an interval that tells agreement from difference must be within
@@ -397,10 +398,12 @@ def draw_success(results, tasks, styles, published, title):
     for axes, task in zip(panels, tasks, strict=True):
         ends = {}
         axes.set(ylim=(-0.03, 1.03), xlabel="gradient (online: environment) steps")
+        on_task = [key for key in results.curves if key.task == task]
         for key, rows in results.curves.items():
             if key.task == task:
                 name = results.names[key]
-                end = draw_curve(axes, results, key, rows, styles[name])
+                band = len(on_task) <= MOST_BANDS
+                end = draw_curve(axes, results, key, rows, styles[name], band)
                 ends[name] = (end, styles[name].color)
         if published:
             draw_published(axes, results, task, styles)
@@ -412,8 +415,8 @@ def draw_success(results, tasks, styles, published, title):
     return figure
 
 
-def draw_curve(axes, results, key, rows, line):
-    """Mean, interval and seeds of one curve; the height of its end."""
+def draw_curve(axes, results, key, rows, line, band):
+    """Mean, seeds and, with `band`, the interval of one curve; the height of its end."""
     seeds = by_seed(key, rows)
     if not seeds:
         fail(f"{key.script} on {key.task} has a behavior flow and no policy")
@@ -421,12 +424,13 @@ def draw_curve(axes, results, key, rows, line):
     color = line.color
     if steps:
         axes.plot(steps, table.mean(axis=1), color=color, linestyle=line.style, linewidth=1.8)
-    if steps and len(seeds) > 1:
+    if steps and len(seeds) > 1 and band:
         low, high = interval(resample(np.random.default_rng(0), table).mean(axis=-1))
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     for seed, values in seeds.items():
         reached = list(values)
-        axes.plot(reached, list(values.values()), color=color, alpha=0.35, linewidth=0.7)
+        alpha = 0.35 if band else 0.2
+        axes.plot(reached, list(values.values()), color=color, alpha=alpha, linewidth=0.7)
         if (key, seed) in results.unfinished:
             axes.plot(reached[-1], values[reached[-1]], "x", color=color, markersize=7)
     behavior = by_seed(key, rows, behavior=True)
