@@ -11,8 +11,8 @@ folder -o:
 results.csv     a row an evaluation of a seed
 report.md       what was read, final success by task and domain, aggregates, and the figures
 success.png     success over steps, a panel a task: the mean over seeds with its interval (where there
-                are at most seven curves), each seed thin, dashed the flow that imitates the data, dotted where a run goes online; of
-                several domains, a file each
+                are at most seven curves), each seed thin, dashed the flow that imitates the data,
+                dotted where a run goes online; of several domains, a file each
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264)
 
