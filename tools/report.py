@@ -10,8 +10,8 @@ folder -o:
 
 results.csv     a row an evaluation of a seed
 report.md       what was read, final success by task and domain, aggregates, and the figures
-success.png     success over steps, a panel a task: the mean over seeds with its interval (where there
-                are at most seven curves), each seed thin, dashed the flow that imitates the data,
+success.png     success over steps, a panel a task: the mean over seeds with its interval (with
+                at most seven curves), each seed thin, dashed the flow that imitates the data,
                 dotted where a run goes online; of several domains, a file each
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264)
@@ -227,6 +227,9 @@ def read_results(args):
             for row in read_rows(path, {}):
                 key = Key(str(path), row["experiment"], row["script"], row["setting"])
                 results.curves[key].append(row)
+                names = [word.partition("=")[0] for word in key.setting.split()]
+                known = results.differing.setdefault(key.task, [])
+                known += [name for name in names if name not in known]
     for key in results.curves:
         results.names[key] = name_of(key, results.curves)
     return results
