@@ -188,8 +188,8 @@ def script_page(path):
         parts.append(side_by_side(before, text.splitlines()))
     parts.append("## What it logs")
     parts.append(
-        "From one run on the quick start's maze, seed 1 ([which](../metrics.md)): the first row, at"
-        " 500 updates, the row at half time, and the mean over the last quarter."
+        "From one run on the quick start's maze ([which](../metrics.md)): the first row, at 500"
+        " updates, the row at half time, and the mean over the last quarter."
     )
     parts.append(metrics_table(path))
     parts.append("## The whole file")
