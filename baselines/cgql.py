@@ -411,10 +411,14 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     q and target_q map (s, (a, t)) to (K, B); CGQL uses neither here, but in (1), (3) and (5).
     """
     key_x0, key_t = jax.random.split(key)
-    v = partial(networks.behavior.apply, {"params": params["behavior"]}, batch.observations)
-    x0 = jax.random.normal(key_x0, batch.actions.shape)
+    observations = batch.observations
+    shape = batch.actions.shape  # (B, D)
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+
+    # Behavior: flow matching.
+    x0 = jax.random.normal(key_x0, shape)
     t = jax.random.uniform(key_t, (len(x0), 1))
-    behavior_loss = flow_matching_loss(v, batch.actions, batch.valid, x0, t)
+    behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
     return behavior_loss, {"flow_loss": behavior_loss}
 
 

@@ -346,6 +346,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     """
     key_x0, key_t = jax.random.split(key)
     observations = batch.observations
+    shape = batch.actions.shape  # (B, D)
     v_policy = partial(networks.policy.apply, {"params": params["policy"]}, observations)
 
     # Value: what the critics say of the data's actions, in the mean.
@@ -357,7 +358,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     advantage = q(observations, batch.actions).mean(axis=0) - value  # (B,)
     weight = jnp.minimum(jnp.exp(args.inv_temp * advantage), 100)
     weight = jax.lax.stop_gradient(weight)
-    x0 = jax.random.normal(key_x0, batch.actions.shape)
+    x0 = jax.random.normal(key_x0, shape)
     t = jax.random.uniform(key_t, (len(x0), 1))
     flow_loss = flow_matching_loss(v_policy, batch.actions, weight * batch.valid, x0, t)
 

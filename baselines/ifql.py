@@ -342,10 +342,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     """
     key_x0, key_t = jax.random.split(key)
     observations = batch.observations
+    shape = batch.actions.shape  # (B, D)
     v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
 
     # Behavior: flow matching.
-    x0 = jax.random.normal(key_x0, batch.actions.shape)
+    x0 = jax.random.normal(key_x0, shape)
     t = jax.random.uniform(key_t, (len(x0), 1))
     behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
 
