@@ -98,6 +98,7 @@ def test_a_plan_crosses_everything(tmp_path):
         ("--tasks scene-play-task9", "does not take"),
         ("--tasks scene-play --set inv_temp", "NAME=VALUE"),
         ("--tasks scene-play --seeds 3 --num-seeds 2", "divide"),
+        ("--tasks scene-play --seed 4", "jobs.csv"),
         ("", "--tasks"),
     ],
 )

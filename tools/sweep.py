@@ -193,6 +193,8 @@ def plan(args, flags):
     for method, task, own in itertools.product(scripts, tasks, combinations(args.set)):
         script, own_flags = method
         kind = ["--env-id", task, *own_flags, *own, *flags]
+        if "--seed" in kind or "--run-dir" in kind:
+            fail("plan sets --seed and --run-dir: seeds 1, 2, .. (for others edit jobs.csv)")
         check_flags(script, kind)
         for seed in first_seeds:
             line = ["python", str(script), *kind, "--seed", str(seed)]
