@@ -331,6 +331,7 @@ def log_path(out, job):
 
 def status(args):
     """A line a job, and the totals."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for status OUT | head
     counts = {}
     for job in read_jobs(args.out).values():
         progress = progress_of(job)
