@@ -77,9 +77,8 @@ MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_BANDS = 7  # curves of a panel; with more their intervals would hide each other
 NUM_BOOTSTRAP = 2000
-CLOSE_ENOUGH = (
-    0.1  # of success: what an interval that tells agreement from difference must be within
-)
+# Of success: what an interval that tells agreement from difference must be within.
+CLOSE_ENOUGH = 0.1
 
 
 @dataclasses.dataclass
