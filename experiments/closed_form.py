@@ -63,7 +63,9 @@ GRIDS = {
     "fbrac": ("alpha", (3.0, 10.0, 30.0)),
     "bam": ("inv_temp", (3.0, 10.0, 30.0)),
     "fawac": ("inv_temp", (1.0,)),
-    "cgql": ("guidance_coef", (0.03, 0.1, 0.3)),
+    "cgql": ("guidance_coef", (0.003, 0.01, 0.03)),
+    "cgql_mse": ("guidance_coef", (0.03, 0.1, 0.3)),
+    "cgql_linex": ("guidance_coef", (0.03, 0.1, 0.3)),
     "qsm": ("inv_temp", (1.0, 3.0, 10.0)),
     "dac": ("alpha", (0.5, 1.0, 3.0)),
 }
@@ -76,8 +78,17 @@ NAMES = {
     "bam": "BAM",
     "fawac": "FAWAC",
     "cgql": "CGQL",
+    "cgql_mse": "CGQL-M",
+    "cgql_linex": "CGQL-L",
     "qsm": "QSM",
     "dac": "DAC",
+}
+# Other flags of CGQL's modes. inv_temp is the paper's but for linex, whose loss, too, has it: with
+# 10, most of the range of Q here is beyond that loss's clip.
+FLAGS = {
+    "cgql": {"inv_temp": 10.0},
+    "cgql_mse": {"mode": "mse", "inv_temp": 10.0, "noisy_coef": 1.0},
+    "cgql_linex": {"mode": "linex", "inv_temp": 3.0, "noisy_coef": 1.0},
 }
 MATCHING = ("qam_offline", "qam_diffusion_variant")
 GRADIENT_METHODS = ("qam_offline", "fbrac", "bam")
@@ -157,7 +168,9 @@ def target_velocity(x, t):
 
 
 def load(name: str):
-    """A script as a module."""
+    """A method's script as a module."""
+    if name.startswith("cgql"):
+        name = "cgql"  # all modes
     return importlib.import_module(name if name.startswith("qam") else f"baselines.{name}")
 
 
@@ -167,8 +180,8 @@ def steps_flag(script) -> str:
     return "flow_steps" if "flow_steps" in fields else "diffusion_steps"
 
 
-def make_args(script, flow_steps: int):
-    own = {steps_flag(script): flow_steps}
+def make_args(script, flow_steps: int, **flags):
+    own = {steps_flag(script): flow_steps, **flags}
     return script.Args(
         env_id="pointmaze-medium-navigate",
         hidden_dims=(128, 128, 128),
@@ -182,17 +195,25 @@ def make_args(script, flow_steps: int):
 
 
 def make_batch(script, key_mode, key_action, size: int):
-    """A batch of behavior's actions. There is one state, and nothing follows."""
+    """A batch of behavior's actions, rewarded with Q. There is one state, and nothing follows."""
     means = jnp.asarray(MEANS, jnp.float32)
     modes = means[jax.random.randint(key_mode, (size,), 0, 4)]
     actions = modes + STD * jax.random.normal(key_action, (size, 2))
     ones = jnp.ones(size)
     state = jnp.zeros((size, 1))
-    return script.Batch(state, actions, ones, ones, ones, state)
+    return script.Batch(state, actions, value(actions), jnp.zeros(size), ones, state)
+
+
+def learns_critic(args) -> bool:
+    """Whether the method needs a critic of noisy actions, which is not known."""
+    return getattr(args, "mode", "simple") != "simple"
 
 
 def policy_update(script, args, networks, state, key):
-    """A gradient step on policy_loss alone: (state, norm of the gradient before clipping)."""
+    """A gradient step on policy_loss: (state, norm of the gradient before clipping).
+
+    A critic for noisy actions learns beside it, by critic_loss; the others are known.
+    """
     key_mode, key_action, key_loss = jax.random.split(key, 3)
     batch = make_batch(script, key_mode, key_action, args.batch_size)
     target_params = state.target_params
@@ -201,9 +222,15 @@ def policy_update(script, args, networks, state, key):
         return value(actions)[None]  # (K=1, B)
 
     def loss(params):
-        return script.policy_loss(args, networks, params, target_params, batch, q, q, key_loss)
+        total, _ = script.policy_loss(args, networks, params, target_params, batch, q, q, key_loss)
+        if not learns_critic(args):
+            return total
+        key_critic = jax.random.fold_in(key_loss, 1)
+        arguments = (args, networks, params, target_params, batch, key_critic)
+        critic, _ = script.critic_loss(*arguments)
+        return total + critic
 
-    grads, _ = jax.grad(loss, has_aux=True)(state.params)
+    grads = jax.grad(loss)(state.params)
     updates, opt_state = script.make_optimizer(args).update(grads, state.opt_state, state.params)
     before = {network: state.params[network] for network in target_params}
     state = state._replace(
@@ -244,14 +271,16 @@ class Trained(NamedTuple):
 
 
 def train(name, values, flow_steps, num_steps, seed, num_chain=0) -> Trained:
-    """Train a script's policy_loss on the bandit, once a value of its coefficient, side by side."""
+    """Train a method's losses on the bandit, once a value of its coefficient, side by side."""
     coefficient, _ = GRIDS[name]
-    return train_script(load(name), coefficient, values, flow_steps, num_steps, seed, num_chain)
+    flags = FLAGS.get(name, {})
+    setting = (coefficient, values, flow_steps, num_steps, seed, num_chain)
+    return train_script(load(name), *setting, **flags)
 
 
-def train_script(script, name, values, flow_steps, num_steps, seed, num_chain=0) -> Trained:
-    """The same for any script as a module, and the name of the coefficient."""
-    args = make_args(script, flow_steps)
+def train_script(script, name, values, flow_steps, num_steps, seed, num_chain=0, **flags):
+    """The same for any script as a module, the name of the coefficient, and more flags."""
+    args = make_args(script, flow_steps, **flags)
     networks = script.make_networks(args, 1, 2)
     key = jax.random.key(seed)
 
@@ -259,7 +288,9 @@ def train_script(script, name, values, flow_steps, num_steps, seed, num_chain=0)
         own = copy.copy(args)
         setattr(own, name, coefficient)
         state = script.init_state(own, networks, 1, 2, key)
-        known = networks._replace(critic=KnownCritic())
+        known = networks
+        if not learns_critic(args):
+            known = networks._replace(critic=KnownCritic())
 
         def one_update(state, step):
             key_step = jax.random.fold_in(key, step)
@@ -360,6 +391,8 @@ def draw_panels(path: Path, panels: list) -> None:
         axes[i].scatter(*sample.T, s=1, alpha=0.4, linewidths=0)
         axes[i].set_title(f"{title}\nMMD {distance:.4f}", fontsize=8)
         axes[i].set_aspect("equal")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     axes[0].set_xlim(-1.1, 1.1)
     axes[0].set_ylim(-1.1, 1.1)
     figure.tight_layout()

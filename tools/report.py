@@ -243,9 +243,11 @@ def fate_of(run):
 
 def name_of(key, curves):
     """Its method, and those of its settings that other curves of the method have otherwise."""
-    peers = [
-        o for o in curves if (o.source, o.task, o.script) == (key.source, key.task, key.script)
-    ]
+    peers = []
+    for other in curves:
+        same_script = (other.source, other.task, other.script) == (key.source, key.task, key.script)
+        if same_script and other.method() == key.method():  # a mode of CGQL is a method
+            peers.append(other)
     words = []
     for word in key.setting.split():
         if not all(word in peer.setting.split() for peer in peers):
