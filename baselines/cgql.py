@@ -18,21 +18,21 @@ velocity, as a classifier guides a diffusion.
 (1) critic     y = R + discount^H m (mean_K Q'(s', a', 1) - rho std_K Q'(s', a', 1))
                L_Q = mean (Q_k(s, a, 1) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v(s, x_t, t) - (a - x_0))^2
-(3) guidance   w(x, t) = v'(s, x, t) + guidance_coef / t (inv_temp (1 - t) g + x)
+(3) sampling   x_{i+1} = x_i + h w(x_i, t_i),   t_i = i h;   then clipped to [-1, 1]
+(4) guidance   w(x, t) = v'(s, x, t) + guidance_coef / t (inv_temp (1 - t) g + x)
                g = grad_x mean_K Q(s, x, u);   w = v' at t = 0, and with inv_temp 0
-(4) sampling   x_{i+1} = x_i + h w(x_i, t_i),   t_i = i h;   then clipped to [-1, 1]
 (5) noisy Q    x_u = (1 - u) n + u a,   d_k = inv_temp (Q'_k(s, a, 1) - Q_k(s, x_u, u))
                mse     L_N = mean (Q_k(s, x_u, u) - Q'_k(s, a, 1))^2
                linex   L_N = mean (exp(d_k) + inv_temp Q_k(s, x_u, u)) where d_k <= 5, else of d_k
 
---mode: simple (CGQL) has u = 1 in (3) and no (5); mse (CGQL-M) and linex (CGQL-L) have u = t in
-(3), and add noisy_coef L_N to L_Q, with draws of u in [0, 1] and of noise n of their own: so Q
-knows the times below 1. (.. + x) / t in (3) is the velocity of a flow whose score is inv_temp grad
+--mode: simple (CGQL) has u = 1 in (4) and no (5); mse (CGQL-M) and linex (CGQL-L) have u = t in
+(4), and add noisy_coef L_N to L_Q, with draws of u in [0, 1] and of noise n of their own: so Q
+knows the times below 1. (.. + x) / t in (4) is the velocity of a flow whose score is inv_temp grad
 Q. L_N of linex jumps at d_k = 5, as in the paper's code.
 
 Q', v': target copies. R: discounted reward of the chunk; s': observation after it; a': a chunk of
-the policy there, by (4); m: 0 if the chunk solves the task, else 1. (1), (2) and (5) leave out
-chunks that run over the end of an episode. No loss goes through (4).
+the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1), (2) and (5) leave out
+chunks that run over the end of an episode. No loss goes through (3).
 
 "Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
 used here is there for them.
@@ -294,7 +294,7 @@ def with_time(x, t):
 
 
 def guided_velocity(args, velocity, q):
-    """w of (3), from v' (x, t) -> (..., D) and q (..., D + 1) -> (K, ...) at the same s."""
+    """w of (4), from v' (x, t) -> (..., D) and q (..., D + 1) -> (K, ...) at the same s."""
     if args.inv_temp == 0:
         return velocity
 
@@ -313,7 +313,7 @@ def guided_velocity(args, velocity, q):
 
 
 def policy_actions(args, networks, params, observations, noise):
-    """The policy, by (4): observations (..., O), noise (..., D) -> chunks (..., D) in [-1, 1].
+    """The policy, by (3): observations (..., O), noise (..., D) -> chunks (..., D) in [-1, 1].
 
     Without "target" in params, v itself acts.
     """
@@ -336,8 +336,8 @@ def sample_actions(args, networks, params, observations, key):
     actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
     if args.best_of_n == 1:
         return actions[0]
-    q = partial(networks.critic.apply, {"params": params["critic"]}, observations)
-    q = q(with_time(actions, 1.0))  # (K, n, B)
+    timed = with_time(actions, 1.0)  # (n, B, D + 1)
+    q = networks.critic.apply({"params": params["critic"]}, observations, timed)  # (K, n, B)
     best = q.mean(axis=0).argmax(axis=0)  # (B,)
     return actions[best, jnp.arange(len(best))]
 
@@ -372,7 +372,7 @@ def critic_loss(args, networks, params, target_params, batch, key):
     next_q = target_q(batch.next_observations, with_time(next_actions, 1.0))  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q_online = partial(networks.critic.apply, {"params": params["critic"]}, batch.observations)
-    q = q_online(with_time(batch.actions, 1.0))
+    q = q_online(with_time(batch.actions, 1.0))  # (K, B)
     # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
     # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
@@ -381,8 +381,8 @@ def critic_loss(args, networks, params, target_params, batch, key):
         return loss, metrics
 
     # Noisy actions.
-    n = jax.random.normal(key_n, batch.actions.shape)
-    u = jax.random.uniform(key_u, (len(n), 1))
+    n = jax.random.normal(key_n, batch.actions.shape)  # (B, D)
+    u = jax.random.uniform(key_u, (len(n), 1))  # (B, 1)
     noisy_q = q_online(with_time((1 - u) * n + u * batch.actions, u))  # (K, B)
     data_q = target_q(batch.observations, with_time(batch.actions, 1.0))  # (K, B)
     noisy_loss = jnp.mean(batch.valid * noisy_error(args, noisy_q, data_q))
@@ -408,7 +408,7 @@ def flow_matching_loss(velocity, actions, valid, x0, t):
 def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     """Equation (2): (loss, metrics).
 
-    q and target_q map (s, (a, t)) to (K, B); CGQL uses neither here, but in (1), (3) and (5).
+    q and target_q map (s, (a, t)) to (K, B); CGQL uses neither here, but in (1), (4) and (5).
     """
     key_x0, key_t = jax.random.split(key)
     observations = batch.observations
@@ -450,7 +450,8 @@ def init_state(args, networks, observation_dim, action_dim, key):
         "critic": networks.critic.init(key_critic, observations, with_time(actions, 1.0))["params"],
         "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
     }
-    target_params = jax.tree.map(jnp.copy, params)
+    copied = {"critic": params["critic"], "behavior": params["behavior"]}
+    target_params = jax.tree.map(jnp.copy, copied)
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
 

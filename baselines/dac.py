@@ -20,7 +20,7 @@ a chunk. It imitates the data, and what it finds is pushed against the gradient 
 (3) sampling   x_hat = (x_k - sqrt(1 - abar_k) e_hat(s, x_k, k)) / sqrt(abar_k),   k = N .. 1
                x_{k-1} = (sqrt(abar_{k-1}) (1 - alpha_k) clip(x_hat)
                           + sqrt(alpha_k) (1 - abar_{k-1}) x_k) / (1 - abar_k)
-                         + sqrt(1 - alpha_k) z_k;   no noise for k = 1
+                         + sqrt(1 - alpha_k) z_k;   no noise for k = 1; clip to [-1, 1]
 (4) imitation  x_k = sqrt(abar_k) a + sqrt(1 - abar_k) e;   L_BC = mean (e_hat(s, x_k, k) - e)^2
 (5) policy     L = mean sqrt(1 - abar_k) e_hat(s, x_k, k) grad_x mean_K Q'(s, x_k) + alpha L_BC
 
@@ -34,7 +34,7 @@ used here is there for them.
 
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 
-Nearest: qam_diffusion_variant.py.
+Nearest: baselines/qsm.py.
 
 Differs from qam_offline.py: OWN, Args, Networks, make_networks, policy_actions, sample_actions,
 critic_loss, policy_loss, init_state.

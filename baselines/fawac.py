@@ -10,21 +10,21 @@
 
 Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
 
-FAWAC, a baseline in arXiv 2601.14234, is AWAC (arXiv 2006.09359) on a flow. A critic Q and a value
-V are learned by temporal differences; the flow imitates the data, and better actions with more
-weight: of the critic it uses the value, not the gradient. The flow turns noise x_0 into a chunk of
-H actions a = x_1 along a velocity v(s, x, t), in T steps of h = 1 / T.
+FAWAC, a baseline in arXiv 2601.14234, is AWAC (arXiv 2006.09359) on a flow. A critic Q is
+learned by temporal differences, and a value V from Q; the flow imitates the data, and better
+actions with more weight: of the critic it uses the value, not the gradient. The flow turns noise
+x_0 into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps of h = 1 / T.
 
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
-(2) value      L_V = mean (Q'_k(s, a) - V(s))^2
-(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   then clipped to [-1, 1]
-(4) policy     w = min(exp(inv_temp (mean_K Q(s, a) - V(s))), 100),   x_t = (1 - t) x_0 + t a
+(2) policy     w = min(exp(inv_temp (mean_K Q(s, a) - V(s))), 100),   x_t = (1 - t) x_0 + t a
                L = mean w (v(s, x_t, t) - (a - x_0))^2
+(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   then clipped to [-1, 1]
+(4) value      L_V = mean (Q'_k(s, a) - V(s))^2
 
 Q': target copy. R: discounted reward of the chunk; s': observation after it; a': a chunk of the
 policy there, by (3); m: 0 if the chunk solves the task, else 1. (1), (2) and (4) leave out chunks
-that run over the end of an episode. V learns from (2) alone.
+that run over the end of an episode. V learns from (4) alone.
 
 "Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
 used here is there for them.

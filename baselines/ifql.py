@@ -319,8 +319,8 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     next_v = networks.value.apply({"params": params["value"]}, batch.next_observations)  # (B,)
-    next_v = jax.lax.stop_gradient(next_v)[None]  # one value: no spread, and rho says nothing
-    y = td_target(batch.rewards, batch.masks, next_v, args.discount**args.horizon, args.rho)
+    next_q = jax.lax.stop_gradient(next_v)[None]  # (1, B): no spread, and rho says nothing
+    y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
     # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
     # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.

@@ -12,14 +12,14 @@ Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
 
 QSM (arXiv 2312.11752) learns a critic Q by temporal differences, and a DDPM policy: a network
 e_hat(s, x, k) that finds the noise in a noisy chunk of actions, and by whose N steps noise becomes
-a chunk. What it finds is regressed on the gradient of Q, as if exp(inv_temp Q) were the density of
-the noisy chunks, too.
+a chunk. What it finds is regressed on minus the gradient of Q at the noisy chunk. (If
+exp(inv_temp Q) were the density there, the noise would be sqrt(1 - abar_k) times that.)
 
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
 (2) schedule   alpha_k = exp(-0.1 / N - 4.95 (2 k - 1) / N^2),   abar_k = prod_{j <= k} alpha_j
 (3) sampling   x_hat = (x_k - sqrt(1 - abar_k) e_hat(s, x_k, k)) / sqrt(abar_k),   k = N .. 1
-               x_{k-1} = clip(x_hat + sqrt(1 - alpha_k) z_k);   no noise for k = 1
+               x_{k-1} = clip(x_hat + sqrt(1 - alpha_k) z_k);   no noise for k = 1; clip to [-1, 1]
 (4) imitation  x_k = sqrt(abar_k) a + sqrt(1 - abar_k) e;   L_BC = mean (e_hat(s, x_k, k) - e)^2
 (5) policy     L = mean (e_hat(s, x_k, k) + inv_temp grad_x mean_K Q'(s, x_k))^2 + alpha L_BC
 

@@ -16,6 +16,7 @@ one action chunk a state, which climbs Q and is held near the data's chunk by it
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
 (2) acting     a = clip(mu(s) + n),   n = clip(actor_noise noise, -0.5, 0.5);   a' so, with mu'
+               (the first clip is to [-1, 1])
 (3) policy     q = mean_K Q(s, mu(s)) - rho std_K Q(s, mu(s))
                L = -mean q / mean |q| + alpha_actor mean_B sum_D (mu(s) - a)^2
                mean |q| is held constant

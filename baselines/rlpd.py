@@ -379,6 +379,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     beta_loss = beta * jax.lax.stop_gradient(entropy + actions.shape[-1] / 2)
 
     # Imitation: the noise with which pi would have drawn the batch's chunk.
+    # Chunks of its own may be at 1 exactly, where arctanh is infinite.
     u = jnp.arctanh(jnp.clip(batch.actions, -(1 - 1e-5), 1 - 1e-5))
     data_noise = (u - mean) / jnp.exp(log_std)
     _, data_log_density = sample_tanh_gaussian(mean, log_std, data_noise)
