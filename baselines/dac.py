@@ -280,7 +280,8 @@ def vp_schedule(num_steps):
     k = np.arange(1, num_steps + 1)
     alpha = np.exp(-0.1 / num_steps - 4.95 * (2 * k - 1) / num_steps**2)
     abar = np.concatenate([[1.0], np.cumprod(alpha)])
-    return jnp.asarray(alpha, jnp.result_type(float)), jnp.asarray(abar, jnp.result_type(float))
+    dtype = jnp.result_type(float)  # float32, unless JAX is set to 64 bits
+    return jnp.asarray(alpha, dtype), jnp.asarray(abar, dtype)
 
 
 def sample_by_posterior(epsilon, noise):
@@ -290,8 +291,8 @@ def sample_by_posterior(epsilon, noise):
 
     def step(x, k_and_z):
         k, z = k_and_z
-        predicted = (x - jnp.sqrt(1 - abar[k]) * epsilon(x, k)) / jnp.sqrt(abar[k])  # x_hat
-        towards = jnp.sqrt(abar[k - 1]) * (1 - alpha[k - 1]) * jnp.clip(predicted, -1, 1)
+        x_hat = (x - jnp.sqrt(1 - abar[k]) * epsilon(x, k)) / jnp.sqrt(abar[k])
+        towards = jnp.sqrt(abar[k - 1]) * (1 - alpha[k - 1]) * jnp.clip(x_hat, -1, 1)
         stay = jnp.sqrt(alpha[k - 1]) * (1 - abar[k - 1]) * x
         mean = (towards + stay) / (1 - abar[k])
         return mean + jnp.sqrt(1 - alpha[k - 1]) * z, None
@@ -372,11 +373,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     e = jax.random.normal(key_e, batch.actions.shape)  # (B, D)
     k = jax.random.randint(key_k, (len(e),), 1, args.diffusion_steps + 1)  # (B,)
     _, abar = vp_schedule(args.diffusion_steps)
-    signal = jnp.sqrt(abar[k])[:, None]
-    spread = jnp.sqrt(1 - abar[k])[:, None]
-    x_k = signal * batch.actions + spread * e
-    predicted = networks.policy.apply({"params": params["policy"]}, observations, x_k, k[:, None])
-    bc_loss = jnp.mean(batch.valid * jnp.mean((predicted - e) ** 2, axis=-1))
+    signal = jnp.sqrt(abar[k])[:, None]  # (B, 1)
+    spread = jnp.sqrt(1 - abar[k])[:, None]  # (B, 1)
+    x_k = signal * batch.actions + spread * e  # (B, D)
+    eps = networks.policy.apply({"params": params["policy"]}, observations, x_k, k[:, None])
+    bc_loss = jnp.mean(batch.valid * jnp.mean((eps - e) ** 2, axis=-1))
 
     # The critic's gradient there. In the sum over the batch, term b depends on row b alone.
     def total_value(x):
@@ -385,7 +386,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     g = jax.grad(total_value)(x_k)  # (B, D)
 
     # Policy: the noise that is found is pushed against the gradient.
-    actor_loss = jnp.mean(batch.valid * jnp.mean(spread * g * predicted, axis=-1))
+    actor_loss = jnp.mean(batch.valid * jnp.mean(spread * g * eps, axis=-1))
 
     metrics = {"bc_loss": bc_loss, "actor_loss": actor_loss}
     return args.alpha * bc_loss + actor_loss, metrics

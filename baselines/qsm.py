@@ -284,7 +284,8 @@ def vp_schedule(num_steps):
     k = np.arange(1, num_steps + 1)
     alpha = np.exp(-0.1 / num_steps - 4.95 * (2 * k - 1) / num_steps**2)
     abar = np.concatenate([[1.0], np.cumprod(alpha)])
-    return jnp.asarray(alpha, jnp.result_type(float)), jnp.asarray(abar, jnp.result_type(float))
+    dtype = jnp.result_type(float)  # float32, unless JAX is set to 64 bits
+    return jnp.asarray(alpha, dtype), jnp.asarray(abar, dtype)
 
 
 def sample_by_prediction(epsilon, noise):
@@ -294,8 +295,8 @@ def sample_by_prediction(epsilon, noise):
 
     def step(x, k_and_z):
         k, z = k_and_z
-        predicted = (x - jnp.sqrt(1 - abar[k]) * epsilon(x, k)) / jnp.sqrt(abar[k])  # x_hat
-        return jnp.clip(predicted + jnp.sqrt(1 - alpha[k - 1]) * z, -1, 1), None
+        x_hat = (x - jnp.sqrt(1 - abar[k]) * epsilon(x, k)) / jnp.sqrt(abar[k])
+        return jnp.clip(x_hat + jnp.sqrt(1 - alpha[k - 1]) * z, -1, 1), None
 
     zs = jnp.concatenate([noise[1:], jnp.zeros_like(noise[:1])])  # none for k = 1
     x, _ = jax.lax.scan(step, noise[0], (jnp.arange(num_steps, 0, -1), zs), unroll=10)
@@ -373,11 +374,11 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     e = jax.random.normal(key_e, batch.actions.shape)  # (B, D)
     k = jax.random.randint(key_k, (len(e),), 1, args.diffusion_steps + 1)  # (B,)
     _, abar = vp_schedule(args.diffusion_steps)
-    signal = jnp.sqrt(abar[k])[:, None]
-    spread = jnp.sqrt(1 - abar[k])[:, None]
-    x_k = signal * batch.actions + spread * e
-    predicted = networks.policy.apply({"params": params["policy"]}, observations, x_k, k[:, None])
-    bc_loss = jnp.mean(batch.valid * jnp.mean((predicted - e) ** 2, axis=-1))
+    signal = jnp.sqrt(abar[k])[:, None]  # (B, 1)
+    spread = jnp.sqrt(1 - abar[k])[:, None]  # (B, 1)
+    x_k = signal * batch.actions + spread * e  # (B, D)
+    eps = networks.policy.apply({"params": params["policy"]}, observations, x_k, k[:, None])
+    bc_loss = jnp.mean(batch.valid * jnp.mean((eps - e) ** 2, axis=-1))
 
     # The critic's gradient there. In the sum over the batch, term b depends on row b alone.
     def total_value(x):
@@ -386,7 +387,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     g = jax.grad(total_value)(x_k)  # (B, D)
 
     # Policy: the noise that is found should point against the gradient.
-    error = predicted + args.inv_temp * g
+    error = eps + args.inv_temp * g
     actor_loss = jnp.mean(batch.valid * jnp.mean(error**2, axis=-1))
 
     metrics = {"bc_loss": bc_loss, "actor_loss": actor_loss}

@@ -357,7 +357,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
 
     # Value. Choice: the 1e-12, for a gradient also where all critics agree.
     policy_q = q(observations, actions)  # (K, B)
-    spread = jnp.sqrt(policy_q.var(axis=0) + 1e-12)
+    spread = jnp.sqrt(policy_q.var(axis=0) + 1e-12)  # (B,)
     value = policy_q.mean(axis=0) - args.rho * spread  # (B,)
     size = jax.lax.stop_gradient(jnp.abs(value).mean())
     actor_loss = -value.mean() / size

@@ -369,7 +369,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     # Policy: high value, and entropy weighted by beta. Choice: the 1e-12, for a gradient also where
     # all critics agree.
     policy_q = q(observations, actions)  # (K, B)
-    spread = jnp.sqrt(policy_q.var(axis=0) + 1e-12)
+    spread = jnp.sqrt(policy_q.var(axis=0) + 1e-12)  # (B,)
     value = jnp.mean(policy_q.mean(axis=0) - args.rho * spread)
     entropy = -log_density.mean()
     beta = jnp.exp(params["log_beta"])
