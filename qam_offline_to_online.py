@@ -16,66 +16,58 @@ step from --start-training on. The host executes a chunk of actions while the de
 the updates that the chunk before it called for. Steps are counted on: updates, then environment
 steps. One seed per run, for each has its own environment and buffer.
 
-Differs from qam_offline.py: LEAST, MAY_CHANGE, Args, train_steps, evaluate_seeds, save_checkpoint,
-RunLog, read_run, parse_args, main.
+Differs from qam_offline.py: Args, train_steps, LEAST, resolve_args, save_checkpoint, read_run,
+parse_args, main.
 
 QAM (arXiv 2601.14234) learns a critic Q by temporal differences, and two flows that turn noise x_0
-into a chunk of H actions a = x_1 along a velocity v(s, x, t), in T steps of h = 1 / T: "behavior"
+into a chunk of H actions x_T, in T Euler steps of h = 1 / T along a velocity v(s, x, t): "behavior"
 imitates the data, "policy" is behavior moved to where Q is high.
 
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_behavior(s, x_t, t) - (a - x_0))^2
-(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   then clipped to [-1, 1]
-(4) rollout    x_{i+1} = x_i + h drift_policy(x_i, t_i, t_i + h) + sqrt(h) sigma_i noise_i
-               drift(x, t, u) = 2 v(s, x, t) - x / u,   sigma_i = sqrt(2 (1 - t_i + h) / (t_i + h))
-               the last step is (3) with behavior'
-(5) adjoint    g = -inv_temp grad_a mean_K Q'(s, clip(a)) at a = x_T, carried backwards:
-               g <- g + h J^T g,   J = d/dx drift_behavior'(x, t_i + h, t_i + h) at x_i
-(6) matching   L_AM = mean_B sum_i || (drift_policy - drift_behavior')(x_i, t_i, t_i + h) / sigma_i
+(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
+(4) rollout    x_{i+1} = x_i + h drift_policy(x_i, t_i, u_i) + sqrt(h) sigma_i noise_i,   i < T-1
+               drift(x, t, u) = 2 v(s, x, t) - x / u,   sigma_i = sqrt(2 (1 - t_i + h) / u_i)
+               u_i = t_i + h, the time that x is divided by (t_0 is 0);   x_T by (3) with behavior'
+(5) adjoint    g_T = -inv_temp grad_a mean_K Q'(s, clip(a)) at a = x_T
+               g_i = g_{i+1} + h J_i^T g_{i+1},   J_i = d/dx drift_behavior'(x, u_i, u_i) at x_i
+(6) matching   L_AM = mean_B sum_i || (drift_policy - drift_behavior')(x_i, t_i, u_i) / sigma_i
                                       + sigma_i g_i ||^2,   i = 0 .. T-1
 
 Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
 chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
-out chunks that run over the end of an episode. (6) is regression: no gradient goes through the
-rollout. As h -> 0 its optimum samples from behavior(a|s) exp(inv_temp Q(s, a)) / Z;
-docs/derivation.md says how near T = 10 comes.
+out chunks that run over the end of an episode; (6) needs s alone. (6) is regression: no gradient
+goes through the rollout. As h -> 0 the optimum of (6) is behavior(a|s) exp(inv_temp Q(s, a)) / Z.
 
-With the noise of (4) x_T does not remember x_0; else that optimum would have another factor. On the
-path of (2) this takes sigma^2 = 2 (1 - t) / t (the paper adds h), and then drift = 2 v - x / t. For
-another path, x_t = beta x_0 + alpha a, change (2), the drift to 2 v - alpha' / alpha x, and sigma^2
-to 2 beta (alpha' / alpha beta - beta'): arXiv 2409.08861.
+The noise of (4) is memoryless: as h -> 0, x_T is independent of x_0. With other noise an extra
+factor would remain in that optimum. docs/derivation.md has the proof, and how near T = 10 comes.
 
-"Choice:" marks what the paper leaves open. Other methods stand in files like this one: what is not
-used here is there for them.
-
+"Choice:" marks what the paper leaves open.
 Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
 """
 
 import csv
 import dataclasses
-import datetime
-import fcntl
-import glob
 import hashlib
-import http.client
 import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 import warnings
 import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,60 +82,22 @@ import optax
 import tyro
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------- arguments
-# The settings of all methods, and below those of this one.
-SHARED = ("horizon", "discount", "rho", "sparse")
-DOMAINS = {  # Choice: the last two rows, for domains that the paper does not have
-    "cube-double-play": (5, 0.99, 0.5, False),
-    "cube-triple-play": (5, 0.99, 0.5, False),
-    "cube-quadruple-play": (5, 0.99, 0.5, False),
-    "scene-play": (5, 0.99, 0.5, True),
-    "puzzle-3x3-play": (5, 0.99, 0.5, True),
-    "puzzle-4x4-play": (5, 0.99, 0.5, True),
-    "antmaze-large-navigate": (1, 0.99, 0.5, False),
-    "antmaze-giant-navigate": (1, 0.995, 0.5, False),
-    "humanoidmaze-medium-navigate": (1, 0.995, 0.0, False),
-    "humanoidmaze-large-navigate": (1, 0.995, 0.0, False),
-    "another manipulation": (5, 0.99, 0.5, False),
-    "another maze": (1, 0.99, 0.5, False),
-}
-PAPER_USED_100M = ("cube-quadruple-play", "puzzle-4x4-play")  # transitions, not the default dataset
-# This method's coefficients, in the order of DOMAINS.
-OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 1.0, 1.0]}
-# Whole numbers must be at least 1, but for these.
-LEAST = {
-    "seed": 0,
-    "offline_steps": 0,
-    "start_training": 0,
-}
-
-
-def available_cores():
-    """Cores that this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
 
 @dataclasses.dataclass
 class Args:
-    """Train a policy on an OGBench dataset. Settings that are None take the paper's values.
-
-    On a GPU: --env-id cube-double-play
+    """Train a policy on a dataset. A setting that is None takes the value named beside it, if any.
 
     On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
-    --num-critics 2 --flow-steps 5 --horizon 10 --inv-temp 0.5 --tau 0.02 --learning-rate 1e-3
-    --offline-steps 10000 --eval-every 2500 --log-every 500 --checkpoint-every 2500
+    --num-critics 2 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
     """
 
-    env_id: str = "cube-double-play"  # domain, with its task (scene-play-task1), or an OGBench id
+    env_id: str = "cube-double-play"  # OGBench's domain (and -task1 to 5), or any Gymnasium id
     seed: int = 1  # of the first (or only) run
-    num_seeds: int = 1  # seeds seed, seed + 1, .. are trained side by side in this process
-    offline_steps: int = 1_000_000  # gradient steps before the first environment step
+    num_seeds: int = 1  # trains seed, seed + 1, .. side by side in this process
     batch_size: int = 256  # action chunks per gradient step
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
-    horizon: int | None = None  # actions in a chunk: manipulation 5, mazes 1
+    horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
     flow_steps: int = 10  # steps from noise to action, at least 2
     discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
     tau: float = 0.005  # target-update rate
@@ -151,54 +105,34 @@ class Args:
     learning_rate: float = 3e-4  # of Adam
     max_grad_norm: float = 1.0  # limit on the joint gradient's norm
     best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
-    sparse: bool | None = None  # rewards that are not 0 become -1: scene and puzzle True
+    sparse: bool | None = None  # rewards that are not 0 become -1: True for scene and puzzle
 
     inv_temp: float | None = None  # inverse temperature, weight of Q: the paper's are 1 to 30
 
-    eval_every: int = 50_000  # steps between evaluations
+    dataset_replace_every: int = 1_000  # gradient steps on one file of a dataset in several
+    offline_steps: int = 1_000_000  # gradient steps before the first environment step
+    start_training: int = 5_000  # environment steps before the first online update
+    utd_ratio: int = 1  # updates per environment step from there on
+    balanced_sampling: bool = False  # half of each batch from online steps; random actions at first
+    offline_checkpoint: str | None = None  # finished offline run to start from, with its flags
+    # A resumed run may change what follows: the state after n updates does not depend on it.
+    online_steps: int = 500_000  # environment steps
+    eval_every: int | None = None  # steps between evaluations: a thirtieth of all
     eval_episodes: int = 50  # episodes per evaluation
-    eval_envs: int = available_cores()  # environment processes; does not change the score
-    log_every: int = 5_000  # steps between rows of metrics.csv
-    checkpoint_every: int = 50_000  # steps between checkpoints
-    dataset_dir: str | None = None  # folder of the dataset's npz file, or of its shards
-    dataset_replace_every: int = 1_000  # gradient steps on one shard
+    eval_envs: int = 4  # environment processes; does not change the score
+    log_every: int | None = None  # steps between rows of metrics.csv: a 300th of all
+    checkpoint_minutes: float = 5.0  # between checkpoints; 0: after each dispatch of updates
+    dataset_dir: str | None = None  # folder of the dataset's npz file or files
     run_dir: str = "runs"  # folder in which the run makes its own
     resume: str | None = None  # folder of the run to go on with
     track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works without an account)
     wandb_project: str = "qam"  # project there
 
-    online_steps: int = 500_000  # environment steps
-    start_training: int = 5_000  # environment steps before the first online update
-    utd_ratio: int = 1  # updates per environment step from there on
-    balanced_sampling: bool = False  # half of each batch from online steps; random actions at first
-    offline_checkpoint: str | None = None  # finished offline run to start from, with its flags
-
     def __post_init__(self):
-        """Fill in the paper's values; raises ValueError for what can't be used."""
-        domain, _, _ = parse_env_id(self.env_id)
-        for name, value in paper_values(domain).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-
-        for name, value in vars(self).items():
-            least = LEAST.get(name, 1)
-            if type(value) is int and value < least:  # no bool
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
-        if self.flow_steps < 2:
-            raise ValueError("--flow-steps must be at least 2")
-        if min(self.hidden_dims, default=0) < 1:
-            raise ValueError("--hidden-dims must be one or more widths, each at least 1")
-        if not 0 <= self.discount <= 1:
-            raise ValueError(f"--discount must be from 0 to 1, not {self.discount}")
-        for name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint"):
-            path = getattr(self, name)
-            if path:
-                setattr(self, name, os.path.abspath(os.path.expanduser(path)))
+        resolve_args(self)
 
 
 # -------------------------------------------------------------------------------------- networks
-
-
 class MLP(nn.Module):
     """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output)."""
 
@@ -225,19 +159,15 @@ class VelocityField(nn.Module):
     @nn.compact
     def __call__(self, observations, x, t):
         mlp = MLP(self.hidden_dims, self.action_dim)
-        nn.share_scope(self, mlp)  # the layers are Dense_0, Dense_1, .. without a level in between
-        # (B, O) observations serve all T steps of (T, B, D) states.
+        nn.share_scope(self, mlp)  # parameters are named Dense_0, .., not MLP_0/Dense_0, ..
+        # (B, O) observations serve all T steps of (T, B, D) states, and a number all rows.
         observations = jnp.broadcast_to(observations, (*x.shape[:-1], observations.shape[-1]))
         t = jnp.broadcast_to(t, (*x.shape[:-1], 1))
         return mlp(jnp.concatenate([observations, x, t], axis=-1))
 
 
 class Critic(nn.Module):
-    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...).
-
-    Another critic (a categorical one, say) returns its mean here and changes a line of critic_loss.
-    sample_actions reads O + D off its first layer, Dense_0.
-    """
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
 
     hidden_dims: tuple[int, ...]
     num_critics: int
@@ -252,7 +182,7 @@ class Critic(nn.Module):
             axis_size=self.num_critics,
         )
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
-        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
+        nn.share_scope(self, mlp)  # as above
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
         return q[..., 0]
 
@@ -261,18 +191,18 @@ class Networks(NamedTuple):
     critic: Critic
     behavior: VelocityField  # imitates the data
     policy: VelocityField  # behavior, moved to where Q is high
+    chunk_dim: int  # D
 
 
 def make_networks(args, observation_dim, action_dim):
-    """The modules; `action_dim` is A, of one action."""
+    """The modules; `action_dim` is A, of one action. (O they learn from their first input.)"""
+    chunk_dim = args.horizon * action_dim
     # Modules hold no parameters, so one serves both flows.
-    flow = VelocityField(args.hidden_dims, args.horizon * action_dim)
-    return Networks(Critic(args.hidden_dims, args.num_critics), flow, flow)
+    flow = VelocityField(args.hidden_dims, chunk_dim)
+    return Networks(Critic(args.hidden_dims, args.num_critics), flow, flow, chunk_dim)
 
 
 # ------------------------------------------------------------------------------ flow and adjoint
-
-
 def sample_ode(velocity, x0, num_steps):
     """Equation (3), not clipped: noise x0 (..., D) -> action chunks (..., D)."""
     h = 1 / num_steps
@@ -281,7 +211,7 @@ def sample_ode(velocity, x0, num_steps):
         t = jnp.full_like(x[..., :1], t)  # (..., 1)
         return x + h * velocity(x, t), None
 
-    # Unrolled (by at most 10), the steps are one piece of work to XLA: see docs/performance.md.
+    # Unrolled, up to 10 steps are one piece of work to XLA: see docs/performance.md.
     x, _ = jax.lax.scan(step, x0, jnp.arange(num_steps) * h, unroll=10)
     return x
 
@@ -292,12 +222,12 @@ def drift(velocity, x, t, u):
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i. It must not be 0, for (6) divides by it."""
+    """sigma_i of (4) at t = t_i: the memoryless sqrt(2 (1 - t) / t), with h added to both."""
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
 
 
 def sample_memoryless_sde(velocity, base_velocity, x0, noise):
-    """Equation (4): x0 (B, D), noise (T-1, B, D) -> states x_0 .. x_T (T+1, B, D)."""
+    """Equation (4); base is behavior'. x0 (B, D), noise (T-1, B, D) -> x_0 .. x_T (T+1, B, D)."""
     h = 1 / (len(noise) + 1)
 
     def step(x, t_and_noise):
@@ -308,9 +238,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         return x, x  # the last one is carried on, all are kept
 
     x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
-    # The last step adds no noise, which would stay in the action. Such a step has to be the
-    # behavior flow's: a KL holds the policy near it, infinite between two different points.
-    # (6) has a term for this step all the same: it trains the velocity that (3) uses there.
+    # Noise in the last step would stay in the action. Without noise a step is a point mass, at
+    # infinite KL from any other: so the policy's is behavior's, by (3).
+    # Term T-1 of (6) trains the policy's velocity there all the same, since (3) uses it.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
 
@@ -318,9 +248,8 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
 def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
-    g_i tells how -inv_temp Q at the end changes with x_i, if behavior goes on from there. The full
-    adjoint has a second term, with the derivative of what the policy adds to behavior. The lean one
-    leaves it out: where the policy is optimal, that term is 0 in the mean (docs/derivation.md).
+    g_i tells how -inv_temp Q at the end changes with x_i if behavior' goes on from there. The lean
+    adjoint leaves out a term, of policy minus behavior', whose mean at the optimum is 0.
     """
     h = 1 / len(xs)
 
@@ -332,8 +261,8 @@ def lean_adjoint(base_velocity, xs, terminal_adjoint):
         g = g + h * product
         return g, g
 
-    # As in the paper, every step is linearized like this, at t_i + h, where it ends.
-    ends = (jnp.arange(len(xs)) + 1) * h
+    # As in the paper, J_i is taken at the state where step i begins and the time where it ends.
+    ends = (jnp.arange(len(xs)) + 1) * h  # (T,)
     _, adjoints = jax.lax.scan(step, terminal_adjoint, (xs, ends), reverse=True, unroll=10)
     return adjoints
 
@@ -347,11 +276,9 @@ def policy_actions(args, networks, params, observations, noise):
 def sample_actions(args, networks, params, observations, key):
     """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by mean Q.
 
-    `params` are those of a TrainState, with its target_params under "target".
+    `params`: of a TrainState, and its target_params under "target", for methods that act by these.
     """
-    # The critic's first layer sees O + D numbers.
-    action_dim = params["critic"]["Dense_0"]["kernel"].shape[-2] - observations.shape[-1]  # D
-    noise = jax.random.normal(key, (args.best_of_n, len(observations), action_dim))
+    noise = jax.random.normal(key, (args.best_of_n, len(observations), networks.chunk_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
     actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
     if args.best_of_n == 1:
@@ -361,7 +288,14 @@ def sample_actions(args, networks, params, observations, key):
     return actions[best, jnp.arange(len(best))]
 
 
-# ---------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------ batch and losses
+class Dataset(NamedTuple):
+    observations: Any  # (N, O)
+    actions: Any  # (N, A)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
+    masks: Any  # (N,) 0 where the task is solved: no bootstrap
+    terminals: Any  # (N,) 1 at the last transition of an episode
+    next_observations: Any  # (N, O)
 
 
 class Batch(NamedTuple):
@@ -373,6 +307,26 @@ class Batch(NamedTuple):
     next_observations: jax.Array  # (B, O)
 
 
+def gather_chunks(dataset, indices, horizon, discount):
+    """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
+
+    Where an episode ends in a chunk, `valid` is 0, and rewards and next observation stop there.
+    """
+    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
+    ends = dataset.terminals[steps]
+    inside = (jnp.cumsum(ends, axis=1) - ends) == 0  # (B, H) no episode has ended before that step
+    last = indices + inside.sum(axis=1) - 1  # (B,) last valid step
+    discounts = discount ** jnp.arange(horizon)
+    return Batch(
+        observations=dataset.observations[indices],
+        actions=dataset.actions[steps].reshape(len(indices), -1),
+        rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
+        masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
+        valid=inside[:, -1].astype(jnp.float32),
+        next_observations=dataset.next_observations[last],
+    )
+
+
 def td_target(rewards, masks, next_q, discount_h, rho):
     """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
     pessimistic = next_q.mean(axis=0) - rho * next_q.std(axis=0)
@@ -382,7 +336,7 @@ def td_target(rewards, masks, next_q, discount_h, rho):
 def critic_loss(args, networks, params, target_params, batch, key):
     """Equation (1): (loss, metrics)."""
     noise = jax.random.normal(key, batch.actions.shape)
-    acting = {**params, "target": target_params}  # other methods act by target copies
+    acting = {**params, "target": target_params}  # QAM acts by params; other methods by targets
     # As in the paper, a' is one draw, whatever best_of_n is.
     next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
     next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
@@ -390,8 +344,8 @@ def critic_loss(args, networks, params, target_params, batch, key):
     next_q = target_q(batch.next_observations, next_actions)  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
-    # `valid` leaves out chunks that run over the end of an episode. The mean over the batch divides
-    # by B, not by the number of valid chunks, so that a chunk weighs the same in every batch.
+    # `valid` leaves out chunks that run over the end of an episode. The mean divides by K B, not by
+    # the number of valid chunks, so that a chunk weighs the same in every batch.
     loss = jnp.mean(batch.valid * (q - y) ** 2)
     return loss, {"critic_loss": loss, "q_mean": q.mean()}
 
@@ -420,7 +374,7 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
 
 
 def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
-    """Equations (2), (4), (5), (6): (loss, metrics).
+    """All losses but the critic's, equations (2), (4), (5), (6): (loss, metrics).
 
     q and target_q map (s, a) to (K, B) and are held constant; QAM uses target_q alone.
     """
@@ -436,13 +390,13 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     t = jax.random.uniform(key_t, (len(x0), 1))
     behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
 
-    # A rollout of the policy, through which (6) lets no gradient go.
+    # A rollout of the policy. (adjoint_matching_loss lets no gradient go through it.)
     x0 = jax.random.normal(key_sde, shape)
     noise = jax.random.normal(key_noise, (args.flow_steps - 1, *shape))
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
 
-    # The critic's gradient at its end. In the sum over the batch, term b depends on action b alone,
-    # so the gradient of the sum holds the gradient of each sample. Outside [-1, 1] it is 0.
+    # The critic's gradient at x_T. In the sum over the batch, term b depends on action b alone,
+    # so the gradient of the sum holds the gradient of each sample: 0 in what lies outside [-1, 1].
     def total_value(actions):
         return target_q(observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
@@ -456,8 +410,6 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
 
 
 # ------------------------------------------------------------------------------ state and update
-
-
 class TrainState(NamedTuple):
     params: dict  # by network
     target_params: dict  # of those networks that have a target copy
@@ -508,8 +460,8 @@ def update(args, networks, state, batch, key):
     updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # As in the paper's code, targets move towards the parameters from before this step.
-    before = {name: state.params[name] for name in target_params}
-    target_params = optax.incremental_update(before, target_params, args.tau)
+    old_params = {name: state.params[name] for name in target_params}
+    target_params = optax.incremental_update(old_params, target_params, args.tau)
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
 
 
@@ -551,91 +503,104 @@ def train_steps(args, networks, state, dataset, num_steps, num_data=None, num_on
     return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
 
 
-def over_seeds(function, num_seeds):
-    """`function(state, *rest)` for states with a leading axis of seeds, which share `rest`."""
+# ============================================================== nothing below is about the method
+# What follows is the same in every script, but for the coefficients in OWN.
 
-    def for_all(states, *rest):
-        if num_seeds > 1:
-            return jax.vmap(lambda state: function(state, *rest))(states)
-        # One seed alone is a fifth faster without vmap.
-        results = function(jax.tree.map(lambda x: x[0], states), *rest)
-        return jax.tree.map(lambda x: x[None], results)
-
-    return for_all
-
-
-# -------------------------------------------------------------------------- data and environment
-
-
-class Dataset(NamedTuple):
-    observations: Any  # (N, O)
-    actions: Any  # (N, A)
-    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
-    masks: Any  # (N,) 0 where the task is solved: no bootstrap
-    terminals: Any  # (N,) 1 at the last transition of an episode
-    next_observations: Any  # (N, O)
-
-
-def gather_chunks(dataset, indices, horizon, discount):
-    """Chunks of `horizon` transitions from `indices` (B,) on (arXiv 2507.07969).
-
-    Where an episode ends in a chunk, rewards are summed and the next observation is taken up to
-    there. Only losses that do not use `valid` see the difference.
-    """
-    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
-    ends = dataset.terminals[steps]
-    valid = jnp.cumsum(ends, axis=1) - ends == 0  # (B, H) no episode has ended before that step
-    last = indices + valid.sum(axis=1) - 1  # (B,) last valid step
-    discounts = discount ** jnp.arange(horizon)
-    return Batch(
-        observations=dataset.observations[indices],
-        actions=dataset.actions[steps].reshape(len(indices), -1),
-        rewards=jnp.sum(discounts * dataset.rewards[steps] * valid, axis=1),
-        masks=jnp.where(valid, dataset.masks[steps], 1.0).min(axis=1),
-        valid=valid[:, -1].astype(jnp.float32),
-        next_observations=dataset.next_observations[last],
-    )
+# Horizon, discount, rho, sparse, in the first row whose name a domain begins with. Choice: the last
+# three rows, for what the paper does not have.
+DOMAINS = {
+    "cube-double-play": (5, 0.99, 0.5, False),
+    "cube-triple-play": (5, 0.99, 0.5, False),
+    "cube-quadruple-play": (5, 0.99, 0.5, False),
+    "scene-play": (5, 0.99, 0.5, True),
+    "puzzle-3x3-play": (5, 0.99, 0.5, True),
+    "puzzle-4x4-play": (5, 0.99, 0.5, True),
+    "antmaze-large-navigate": (1, 0.99, 0.5, False),
+    "antmaze-giant-navigate": (1, 0.995, 0.5, False),
+    "humanoidmaze-medium-navigate": (1, 0.995, 0.0, False),
+    "humanoidmaze-large-navigate": (1, 0.995, 0.0, False),
+    "pointmaze": (10, 0.99, 0.5, False),
+    "cube|scene|puzzle": (5, 0.99, 0.5, False),
+    "": (1, 0.99, 0.5, False),
+}
+# This method's coefficients, in the order of DOMAINS.
+OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 0.5, 1.0, 1.0]}
+# Whole numbers must be at least 1, but for these. (Some are of other scripts.)
+LEAST = {
+    "offline_steps": 0,
+    "seed": 0,
+    "pretrain_steps": 0,
+    "start_training": 0,
+    "flow_steps": 2,
+    "diffusion_steps": 2,
+}
 
 
-# OGBench: the functions from here to load_dataset and the table DOMAINS are made for it. Another
-# environment needs flat observations, actions in [-1, 1], the six arrays of a Dataset and, for the
-# success rate, `info["success"]`: docs/own_data.md has the change.
+def paper_values(args):
+    """{flag: value} of the environment's domain, by the tables above."""
+    domain, _, _ = parse_env_id(args.env_id)
+    row = next(name for name in DOMAINS if re.match(name, domain))
+    values = dict(zip(("horizon", "discount", "rho", "sparse"), DOMAINS[row], strict=True))
+    for name, column in OWN.items():
+        values[name] = column[list(DOMAINS).index(row)]
+    return values
+
+
+def resolve_args(args):
+    """Fill in what is None; raises ValueError, which tyro prints. Makes paths absolute."""
+    values = paper_values(args)
+    # Choice: a short run is looked at as often as a long one.
+    values["eval_every"] = max(1, (args.offline_steps + args.online_steps) // 30)
+    values["log_every"] = max(1, (args.offline_steps + args.online_steps) // 300)
+    for name, value in vars(args).items():
+        if value is None:
+            value = values.get(name)
+        if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
+            value = os.path.abspath(os.path.expanduser(value))
+        setattr(args, name, value)
+        least = LEAST.get(name, 1) if type(value) is int else 0
+        if isinstance(value, int | float) and not value >= least:  # nan is refused, too
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
+        raise ValueError("--hidden-dims and --learning-rate must be above 0, --seed below 2**32")
+    if args.num_seeds != 1:
+        raise ValueError("--num-seeds must be 1: start a run for each seed")
+    if max(args.discount, args.tau) > 1:
+        raise ValueError("--discount must be from 0 to 1, and --tau, too")
+
+
+# ------------------------------------------------------------------------- environment and data
 
 
 def parse_env_id(env_id):
-    """`env_id` -> (domain, gymnasium id, dataset name); raises ValueError for what is none."""
-    # For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
+    """(OGBench's domain, gymnasium id, dataset name); ("", `env_id`, "") for other environments.
+
+    For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
+    """
     pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
     domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
     name = domain.rpartition("-")[0]  # without the kind of data: play, navigate, ..
-    if name.startswith("visual"):
-        raise ValueError(f"--env-id {env_id}: only domains with state observations are supported")
     environment_id = f"{name}-singletask{task}-v0"
-    try:
-        gymnasium.spec(environment_id)
-    except gymnasium.error.Error as error:
-        examples = "Domains are cube-double-play, scene-play, ..; their tasks are task1 to task5"
-        raise ValueError(f"--env-id {env_id}: {error} {examples}") from error
-    return domain, environment_id, f"{domain}{size}-v0"
-
-
-def paper_values(domain):
-    """{flag: value} of a domain, by the tables above."""
-    if domain not in DOMAINS:
-        kind = "manipulation" if domain.startswith(("cube", "scene", "puzzle")) else "maze"
-        domain = f"another {kind}"
-    row = list(DOMAINS).index(domain)
-    values = dict(zip(SHARED, DOMAINS[domain], strict=True))
-    return values | {name: column[row] for name, column in OWN.items()}
+    if environment_id in gymnasium.registry:
+        return domain, environment_id, f"{domain}{size}-v0"
+    return "", env_id, ""
 
 
 def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
     _, environment_id, _ = parse_env_id(args.env_id)
     warnings.simplefilter("ignore")  # of missing displays and rounded bounds, in each process
-    env = gymnasium.make(environment_id)
-    # In place of a property of the class, which makes a new, unseeded action space each time.
-    type(env.unwrapped).action_space = env.action_space
+    sys.path.append(os.getcwd())  # where the module of my_module:MyEnv-v0 may be
+    example = "OGBench has cube-double-play, scene-play-task1 (to task5), .."
+    with or_fail(f"--env-id {args.env_id} can't be used; {example}"):
+        env = gymnasium.make(environment_id)
+        # OGBench makes a fresh, unseeded Box at every access: one is pinned, so that seeding works.
+        type(env.unwrapped).action_space = env.action_space
+        if isinstance(env.observation_space, gymnasium.spaces.Dict):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        if len(env.observation_space.shape) != 1 or not env.env.action_space.is_bounded():
+            raise ValueError("observations must be vectors, actions bounded")
     return env
 
 
@@ -643,100 +608,82 @@ def find_dataset(args):
     """The dataset's file, or its shards. Downloads or collects what is missing."""
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
-        return find_shards(Path(args.dataset_dir), domain, name)
+        paths = sorted(Path(args.dataset_dir).glob(f"{domain or '[!.]'}*.npz"))  # no hidden files
+        paths = [path for path in paths if not path.stem.endswith("-val")]
+        whole = [path for path in paths if path.stem == name]
+        if not paths:
+            fail(f"--dataset-dir {args.dataset_dir} holds no {name}.npz, and no shards of it")
+        return whole or paths
+    if not domain:
+        fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
+
     official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
     collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    if not official.exists() and not collected.exists() and not download(name, official):
+        print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
+        for folder in Path(__file__).resolve().parents[:2]:
+            for tool in folder.glob("tools/collect_dataset.py"):
+                subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():
             return [path]
-    if download(name, official):
-        return [official]
-    tool = "tools/collect_dataset.py"
-    for folder in Path(__file__).resolve().parents[:2]:
-        if (folder / tool).exists():
-            print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-            subprocess.run([sys.executable, folder / tool, name, "--episodes", "100"])
-    if not collected.exists():
-        fail(f"no dataset: put {name}.npz into {official.parent}, or collect it with {tool}")
-    return [collected]
-
-
-def find_shards(folder, domain, name):
-    """NAME.npz of the folder, or all its npz files that may be shards of this domain's dataset."""
-    if (folder / f"{name}.npz").exists():
-        return [folder / f"{name}.npz"]
-    environments = tuple(id.removesuffix("singletask-v0") for id in gymnasium.registry)
-    shards = []
-    files = sorted(glob.glob("*.npz", root_dir=folder))  # no hidden files
-    for file in files:
-        foreign = file.startswith(environments) and not file.startswith(domain)
-        if not foreign and not file.endswith("-val.npz"):
-            shards.append(folder / file)
-    if not shards:
-        fail(f"--dataset-dir {folder} holds {files}: none is {name}.npz, or a shard of {domain}")
-    for path in shards:
-        if not zipfile.is_zipfile(path):  # cut short: the directory is at the end
-            fail(f"{path} is no whole npz file: mend it or take it away")
-    return shards
+    fail(f"no dataset: put {name}.npz into {official.parent} or run tools/collect_dataset.py")
 
 
 def download(name, path):
     """Fetch the official file; it takes its name only if it has arrived whole."""
-    url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
     part = Path(f"{path}.{os.getpid()}.part")
-    print(f"downloading {url}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(20)  # seconds without an answer
+    bar = tqdm(desc=f"downloading {name}.npz", unit="B", unit_scale=True)
+
+    def show(blocks, block_size, size):
+        bar.total = size
+        bar.update(blocks * block_size - bar.n)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            part.write_bytes(answer.read())
-        if zipfile.ZipFile(part).testzip():
-            raise OSError("a checksum in it is wrong")
-        os.replace(part, path)
-        return True
-    except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
-        print(f"{name}.npz can't be downloaded ({error})")
+        urllib.request.urlretrieve(f"{ogbench.utils.DATASET_URL}/{name}.npz", part, show)
+        zipfile.ZipFile(part).close()  # a page that asks for a password is no zip file
+        part.rename(path)
+    except Exception as error:  # of the network, the server, the disk or zipfile
         part.unlink(missing_ok=True)
-        return False
+        print(f"{name}.npz can't be downloaded: {error!r}")
+    return path.exists()
 
 
 def load_dataset(args, path, env):
-    """Read a file and label it with the task's rewards: numpy arrays, float32."""
-    damaged = (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    )
-    try:
-        data = ogbench.load_dataset(str(path), add_info=True)
-        ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
-    except damaged as error:
-        fail(
-            f"{path} can't be read: {error!r}. A field is missing, or the file is damaged: delete"
-            " it or name other data"
-        )
+    """A file as a Dataset of numpy arrays, float32; exits if it can't be used.
 
-    problem = None
-    dims = (data["observations"].shape[1:], data["actions"].shape[1:])
-    if dims != (env.observation_space.shape, env.action_space.shape):
-        problem = f"its observations and actions have shapes {dims}, not the environment's"
-    elif len(data["next_observations"]) != len(data["actions"]):
-        problem = "its last row does not end an episode"
-    elif len(data["actions"]) < args.horizon:
-        problem = f"its {len(data['actions'])} transitions are fewer than --horizon"
-    elif not all(np.isfinite(array).all() for array in data.values()):
-        problem = "it holds numbers that are not finite"
-    if problem:
-        fail(f"{path} can't be used for {args.env_id}: {problem}. Name other data")
-
+    One that holds rewards is taken as it is. OGBench's don't: they are labelled for the task.
+    """
+    with or_fail(f"{path} can't be used for {args.env_id}"):
+        data = np.load(path)
+        if "rewards" not in data and parse_env_id(args.env_id)[0]:
+            data = ogbench.load_dataset(str(path), add_info=True)
+            ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+        data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
+        check_dataset(args, data, env)
     if args.sparse:
-        data["rewards"] = np.where(data["rewards"] != 0, -1.0, 0.0)
+        data = data._replace(rewards=-np.float32(data.rewards != 0))
     # As in the paper's code. Some methods invert a tanh here.
-    data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)
-    return Dataset(*(np.asarray(data[field], np.float32) for field in Dataset._fields))
+    return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+
+
+def check_dataset(args, data, env):
+    """Raises ValueError for data that does not fit or is damaged."""
+    rows = len(data.actions)
+    observation = env.observation_space.shape
+    shapes = (observation, env.action_space.shape, (), (), (), observation)
+    for name, array, shape in zip(Dataset._fields, data, shapes, strict=True):
+        if array.shape != (rows, *shape):
+            raise ValueError(f"{name} has shape {array.shape}, not {(rows, *shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if rows < args.horizon or data.terminals[-1] != 1:
+        raise ValueError("terminals is not 1 in the last row, or has fewer rows than --horizon")
+    size = np.abs(data.actions)
+    if size.max() > 1 + 1e-3:
+        raise ValueError(f"actions: {np.mean(size > 1):.1%} are beyond 1, up to {size.max():g}")
 
 
 def load_shard(args, paths, step, env):
@@ -789,235 +736,194 @@ def play(args, env, observation, actions):
     return Dataset(*(np.array(column, np.float32) for column in columns)), ended
 
 
-# ------------------------------------------------------------------------------------ evaluation
+# ----------------------------------------------------------------------------------- evaluation
 
 
 class ChunkedEpisode(gymnasium.Wrapper):
-    """An environment whose step executes a chunk; `info` has the episode's scores so far."""
+    """An environment whose step executes a chunk, or nothing once the episode has ended."""
 
     def __init__(self, args):
         super().__init__(make_env(args))
-        self.action_space = gymnasium.spaces.Box(
-            -1, 1, (args.horizon * self.env.action_space.shape[0],)
-        )
+        if multiprocessing.parent_process():  # Ctrl-C in a terminal is for the main process alone
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def reset(self, *, seed, options=None):
         # The episode depends on its seed alone: OGBench's resets draw from these two as well.
         np.random.seed(seed)
-        self.env.action_space.seed(seed)
-        self.scores = np.zeros(3)  # success, return, length
+        self.unwrapped.action_space.seed(seed)
+        self.scores = np.zeros(3)  # success, return, length so far
+        self.ended = False
         return self.env.reset(seed=seed)
 
     def step(self, chunk):
-        for action in chunk.reshape(-1, *self.env.action_space.shape):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            self.scores[0] = info.get("success", 0.0)  # at the last step, as OGBench counts it
-            self.scores[1] += reward
-            self.scores[2] += 1
-            if terminated or truncated:
-                break
-        return observation, reward, terminated, truncated, {"scores": self.scores}
+        for action in chunk.reshape(-1, *self.action_space.shape):
+            if not self.ended:
+                *self.last, info = self.env.step(action)
+                _, reward, terminated, truncated = self.last
+                self.ended = terminated or truncated
+                self.scores += (0, reward, 1)
+                self.scores[0] = info.get("success", 0)  # at the last step, as OGBench counts it
+        return *self.last, {"scores": self.scores}
 
 
 def start_eval_envs(args):
-    """The processes that play the evaluation's episodes; to be called in a thread of its own."""
-    # They inherit this thread's mask: Ctrl-C in a terminal is for the main process alone. (The
-    # resource tracker would clear the mask when it starts, so it starts first.)
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    return gymnasium.vector.AsyncVectorEnv(
-        [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes),
-        context="spawn",  # a forked process would hold locks of JAX's threads
-        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
-    )
+    """The processes that play the evaluation's episodes."""
+    envs = [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes)
+    autoreset = gymnasium.vector.AutoresetMode.DISABLED
+    # Spawned: a forked process would hold locks of JAX's threads.
+    return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
 
 
-def make_act(args, networks):
-    """act(params, observations (N, O), chunks (N,), key) -> chunks of actions (N, H*A).
+def act_in_episodes(args, networks, params, observations, chunk, key):
+    """Observations (N, O) of N episodes -> chunks of actions (N, H*A).
 
-    The noise of a row depends on its number and on how many chunks its episode has executed.
+    The noise of a row depends on its number and on how many chunks were executed before.
     """
 
-    def act(params, observations, chunks, key):
-        def act_alone(observation, episode, chunk):
-            noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-            return sample_actions(args, networks, params, observation[None], noise_key)[0]
+    def act(observation, episode):
+        noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
+        return sample_actions(args, networks, params, observation[None], noise_key)[0]
 
-        return jax.vmap(act_alone)(observations, jnp.arange(len(chunks)), chunks)
-
-    return jax.jit(act)
+    return jax.vmap(act)(observations, jnp.arange(len(observations)))
 
 
 def evaluate(args, act, params, envs, key):
     """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
 
-    Choice: of E processes, process i plays episodes i, i + E, .., so that short episodes do not
-    count more. The policy always sees one row per episode, for a matrix product of another shape
-    would round in another way. So the score does not depend on E.
+    E processes play E episodes at a time. The policy always sees one row per episode of all, for a
+    matrix product of another shape would round in another way: the score does not depend on E.
     """
-    num_episodes = args.eval_episodes
-    results = np.zeros((num_episodes, 3))
-    chunks = np.zeros(num_episodes, int)  # executed so far of each episode
-    observations = np.zeros((num_episodes, *envs.single_observation_space.shape))
-    episode = np.arange(envs.num_envs)  # (E,) the one that each process plays
-    playing = episode < num_episodes
-    restart = playing
-    while playing.any() and not stop_signals:
-        if restart.any():
-            current, _ = envs.reset(seed=episode.tolist(), options={"reset_mask": restart})
-        observations[episode[playing]] = current[playing]
-        actions = np.asarray(act(params, observations, chunks, key))  # (episodes, H*A)
-        # A process that has played all of its episodes gets any row, and is not counted.
-        current, _, terminated, truncated, info = envs.step(actions[episode % num_episodes])
-        chunks[episode[playing]] += 1
-        ended = playing & (terminated | truncated)
-        results[episode[ended]] = info["scores"][ended]
-        episode = episode + envs.num_envs * ended
-        playing = episode < num_episodes
-        restart = ended & playing
+    results = np.zeros((args.eval_episodes, 3))  # success, return, length
+    observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        # What is over at the end is the first episodes again, with the same results.
+        rows = (first + np.arange(envs.num_envs)) % args.eval_episodes
+        observations[rows], _ = envs.reset(seed=rows.tolist())
+        ended = np.zeros(envs.num_envs, bool)
+        chunk = 0
+        while not ended.all() and not stop_signals:
+            actions = np.asarray(act(params, observations, chunk, key))
+            observations[rows], _, terminated, truncated, info = envs.step(actions[rows])
+            ended = terminated | truncated
+            results[rows] = info["scores"]
+            chunk += 1
     success, total, length = results.mean(axis=0)
-    return {"success_rate": success, "return": total, "length": length, "episodes": num_episodes}
+    return {"success_rate": success, "return": total, "length": length, "episodes": len(results)}
 
 
-def evaluate_seeds(args, act, envs, run_dir, states, step):
-    """A row of eval.csv for each seed. `envs` is the future of start_eval_envs."""
+def score(args, act, envs, states, step, phase, log):
+    """Evaluate each seed: rows of eval.csv. What a stop leaves unfinished is not kept."""
     rows = []
-    try:
-        for i in range(args.num_seeds):
-            started = time.perf_counter()
-            state = jax.tree.map(lambda x: x[i], states)  # noqa: B023
-            params = {**state.params, "target": state.target_params}
-            key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
-            scores = evaluate(args, act, params, envs.result(), key)
-            seconds = round(time.perf_counter() - started, 1)
-            phase = "online" if step > args.offline_steps else "offline"
-            row = {"step": step, "seed": args.seed + i, "phase": phase, **scores}
-            rows.append({**row, "wall_seconds": seconds})
-    except (EOFError, ConnectionError):
-        sys.unraisablehook = lambda _: None  # gymnasium's clean-up complains of the dead process
-        for process in active_children():  # or the others complain, too
-            process.terminate()
-        time.sleep(1)  # a batch system stops all processes at once: its signal may be on the way
-        if not stop_signals:
-            fail(
-                "an evaluation process has died, perhaps for want of memory (see --eval-envs);"
-                f" the checkpoint is saved; {how_to_resume(run_dir)}",
-                status=1,
-            )
-    return rows
+    for i in range(args.num_seeds):
+        started = time.perf_counter()
+        state = of_seed(states, i)
+        params = {**state.params, "target": state.target_params}
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
+        row = {"step": step, "seed": args.seed + i, "phase": phase}
+        row.update(evaluate(args, act, params, envs, key))
+        row["wall_seconds"] = round(time.perf_counter() - started, 1)
+        rows.append(row)
+    if not stop_signals:
+        log.append("eval", rows)
+        log.bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
 
 
-# ------------------------------------------------------------------------------------ run folder
+# ----------------------------------------------------------------------------------- run folder
 
 stop_signals = []  # numbers of the signals that asked the run to stop
-
-# What a resumed run may change: the state after n updates does not depend on it. (The place of
-# the data may change, but not its size.)
-MAY_CHANGE = (
+# What an offline run does not have.
+ONLINE = (
+    "start_training",
+    "utd_ratio",
+    "balanced_sampling",
+    "offline_checkpoint",
     "online_steps",
     "eval_every",
-    "eval_episodes",
-    "eval_envs",
     "log_every",
-    "checkpoint_every",
-    "dataset_dir",
-    "run_dir",
-    "resume",
-    "track",
-    "wandb_project",
 )
 
-# What an offline run does not have.
-ONLINE = ("online_steps", "start_training", "utd_ratio", "balanced_sampling", "offline_checkpoint")
 
-# JAX's settings that change results: kept in args.json, and the same when a run is resumed.
-JAX_SETTINGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_default_matmul_precision")
-
-
-def fail(message, status=2):
-    """Print one sentence and exit: status 2 for what the user can put right, else 1."""
+def fail(message):
+    """Print one sentence and exit with status 2: the user can put it right."""
     tqdm.write(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
+
+
+@contextmanager
+def or_fail(words):
+    """`with or_fail(words):` what goes wrong in the block is told in one sentence, by fail."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{words}: {error!r}")
 
 
 def how_to_resume(run_dir):
-    return "to go on: " + shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+    launcher = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else ["python"]
+    return "to go on: " + shlex.join([*launcher, sys.argv[0], "--resume", str(run_dir)])
 
 
 def write_file(path, content):
     """Write a file so that it is there whole or not at all, whenever the process dies."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        fail(
-            f"writing to {path} failed ({error}); what was saved before is whole;"
-            f" {how_to_resume(path.parent)}",
-            status=1,
-        )
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def save_checkpoint(run_dir, states, online=None):
-    """checkpoint.msgpack: 32 bytes of SHA-256, then all that is needed to go on."""
+    """checkpoint.msgpack: all that is needed to go on; `online` {field: the online rows}."""
     states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-    states = {**states._asdict(), "online": online or {}}  # {field: the online rows}
-    content = flax.serialization.to_bytes({"states": states})
-    write_file(run_dir / "checkpoint.msgpack", hashlib.sha256(content).digest() + content)
+    states = {**states._asdict(), "online": online or {}}
+    write_file(run_dir / "checkpoint.msgpack", flax.serialization.to_bytes({"states": states}))
 
 
 def load_checkpoint(run_dir):
     """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
     path = Path(f"{run_dir}/checkpoint.msgpack")
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        fail(f"{path} is {'damaged' if content else 'not there yet'}: start the run anew")
-    return flax.serialization.msgpack_restore(content[32:])
+    with or_fail(f"{path} is not there yet, or damaged: start the run anew"):
+        return flax.serialization.msgpack_restore(path.read_bytes())
 
 
 def restore(states, checkpoint):
     """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
     states = flax.serialization.from_state_dict(states, checkpoint["states"])
-    return states._replace(key=jax.random.wrap_key_data(states.key))
+    return states._replace(key=jax.random.wrap_key_data(states.key, impl="threefry2x32"))
+
+
+def in_short(value):
+    """Numbers with four digits, for the screen."""
+    return f"{value:.4g}" if isinstance(value, float | np.floating | jax.Array) else value
 
 
 class RunLog:
-    """metrics.csv and eval.csv, lines on the screen and, with --track, Weights & Biases."""
+    """A run's csv files, lines on the screen, the bar and, with --track, Weights & Biases."""
 
-    def __init__(self, args, run_dir, step):
+    def __init__(self, args, run_dir, step, last):
         self.run_dir = run_dir
         self.rows = {"metrics": [], "eval": [], "episodes": []}
-        for name in self.rows:
-            path = run_dir / f"{name}.csv"
-            if path.exists():
-                rows = csv.DictReader(path.open())
-                # What a killed run wrote after its last checkpoint will come again.
-                self.rows[name] = [row for row in rows if int(row["step"]) <= step]
+        for path in run_dir.glob("*.csv"):
+            # What a killed run wrote after its last checkpoint will come again.
+            rows = csv.DictReader(path.open())
+            self.rows[path.stem] = [row for row in rows if int(row["step"]) <= step]
+        self.bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
         self.tracker = None
         if args.track:
             import wandb
 
             # The same id makes one curve of a run, however often it is resumed.
-            self.tracker = wandb.init(
-                project=args.wandb_project,
-                id=run_dir.name,
-                resume="allow",
-                dir=run_dir,
-                config=vars(args),
-            )
+            run = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow"}
+            self.tracker = wandb.init(**run, dir=run_dir, config=vars(args))
 
     def append(self, name, rows):
-        """Add new rows to a file, which is written whole: a full disk leaves no half a row."""
+        """Add new rows to a file, which is written whole. Its columns are those of the last row."""
         self.rows[name] += rows
         for row in rows:
-            tqdm.write("  ".join(f"{key} {value}" for key, value in row.items()))
+            words = " ".join(f"{key} {in_short(value)}" for key, value in row.items())
+            tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
             if self.tracker:
-                curves = {f"{name}/{key}/{row['seed']}": value for key, value in row.items()}
-                self.tracker.log(curves, step=row["step"])
+                self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])
         text = io.StringIO()
-        # The columns are those of the last row.
-        writer = csv.DictWriter(text, self.rows[name][-1], lineterminator="\n")
+        writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows[name])
         write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
@@ -1032,18 +938,15 @@ def read_run(run_dir):
     """A run's args.json, and its Args; the run may be an offline one of the same algorithm."""
     this = Path(__file__).stem
     scripts = (this, this.removesuffix("_to_online"), this.removesuffix("_offline_to_online"))
-    try:
+    with or_fail(f"{run_dir} is no run of {Path(__file__).name}, by its args.json"):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
+        if Path(record["script"]).stem not in scripts:
+            raise ValueError(f"it is one of another script, {record['script']}")
         fields = dataclasses.fields(Args)
         values = {field.name: record.get(field.name, field.default) for field in fields}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         values["num_seeds"] = 1
-        saved = Args(**values)
-        if Path(record["script"]).stem not in scripts:
-            raise ValueError("that is a run of another script")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        fail(f"{run_dir} is no run of {Path(__file__).name}: see its args.json ({error!r})")
-    return record, saved
+        return record, Args(**values)
 
 
 def parse_args():
@@ -1057,9 +960,10 @@ def parse_args():
         for name in ("seed", "resume", *ONLINE):
             setattr(saved, name, getattr(args, name))
     args = tyro.cli(Args, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            fail(f"{source} was started with another {name}, {value}: leave that flag out")
+    names = list(vars(saved))
+    for name in names[: names.index("online_steps")]:
+        if getattr(args, name) != getattr(saved, name):
+            fail(f"{source} has another {name}, {getattr(saved, name)}: leave that flag out")
     return args
 
 
@@ -1068,22 +972,28 @@ def describe_run(args, paths, dataset):
     source = "official" if paths[0].parent.name == "data" else "collected"
     if args.dataset_dir:
         source = "from --dataset-dir"
-    words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
-    if args.env_id.startswith(PAPER_USED_100M):
-        words += "; the paper used 100M transitions"
+    packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
     return {
         **vars(args),
         "script": os.path.abspath(__file__),
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "data": {
-            "words": words,
+            "words": f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}",
             "path": [str(path) for path in paths],
-            "bytes": [path.stat().st_size for path in paths],
+            "crcs": [read_crcs(path) for path in paths],
             "transitions": len(dataset.rewards),
         },
         "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "ogbench", "mujoco")},
-        "jax_settings": {name: getattr(jax.config, name) for name in JAX_SETTINGS},
+        "versions": {name: version(name) for name in packages},
+        "jax_x64": jax.config.jax_enable_x64,
+        "jax_matmul_precision": jax.config.jax_default_matmul_precision,
     }
+
+
+def read_crcs(path):
+    """Of a file's arrays, as they stand in the zip's directory: by them data is known."""
+    with or_fail(f"{path} can't be used"):
+        return [array.CRC for array in zipfile.ZipFile(path).infolist()]
 
 
 def restore_run(args, states, source):
@@ -1093,166 +1003,153 @@ def restore_run(args, states, source):
     online = checkpoint.pop("online", {})
     i = args.seed - before["seed"]
     if not 0 <= i < before["num_seeds"]:
-        fail(
-            f"{source} has no seed {args.seed}, but {before['num_seeds']} from {before['seed']} on"
-        )
-
-    def of_seed(array):
-        return array[i : i + 1]
-
-    states = restore(states, {"states": jax.tree.map(of_seed, checkpoint)})
+        fail(f"{source} has no seed {args.seed}: {before['num_seeds']} from {before['seed']} on")
+    states = restore(states, {"states": jax.tree.map(lambda x: x[i : i + 1], checkpoint)})
     if not args.resume and int(states.step[0]) != args.offline_steps:
         fail(f"--offline-checkpoint {source}: finish that run first, now at {states.step[0]}")
     return states, online
 
 
-def check_same_run(record, before):
-    """A resumed run goes on with the same data and JAX settings; devices may round otherwise."""
-    if record["jax_settings"] != before["jax_settings"]:
-        fail(f"the run was started with {before['jax_settings']}: set that again to go on with it")
-    if record["data"]["bytes"] != before["data"]["bytes"]:
-        fail(
-            f"the run's data is {before['data']['path'][0]} ({before['data']['words']}),"
-            f" not {record['data']['path'][0]}: see --dataset-dir"
-        )
-
-
-def open_run_folder(args):
-    """The run's folder, made or found, and locked."""
-    now = datetime.datetime.now()
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{now:%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.resume or f"{args.run_dir}/{name}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
-        # The operating system takes the lock back when the process ends, however it ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{run_dir} is in use: another process trains there")
-    except OSError as error:
-        fail(f"{run_dir} can't be made ({error}); name another place with --run-dir")
+def open_run_folder(args, record):
+    """The run's folder, made or found; a resumed run goes on with the same data."""
+    name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
+    run_dir = Path(f"{args.run_dir}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if args.resume:
+        run_dir = Path(args.resume)
+        before, _ = read_run(run_dir)
+        if record["data"]["crcs"] != before["data"]["crcs"]:
+            fail(f"the run's data is {before['data']['path'][0]}, not {record['data']['path'][0]}")
+        if record["script_sha256"] != before["script_sha256"]:
+            print(f"{record['script']} was edited since the run began")
+    with or_fail(f"--run-dir {args.run_dir} can't be used"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
     return run_dir
 
 
-# ------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------- main
 
 
-def handle_signals(handler):
-    """Ctrl-C, batch systems' signals, and a closed terminal unless the run was started by nohup."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+def of_seed(tree, i):
+    """What belongs to the i-th seed, where every array has a leading axis of seeds."""
+    return jax.tree.map(lambda x: x[i], tree)
 
 
-def request_stop(number, _):
-    os.write(2, b"\nstopping: saving first\n")
-    stop_signals.append(number)
+def over_seeds(function, num_seeds):
+    """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
+
+    def for_all(states, *rest):
+        if num_seeds > 1:
+            return jax.vmap(lambda state: function(state, *rest))(states)
+        # One seed alone is a fifth faster without vmap.
+        return jax.tree.map(lambda x: x[None], function(of_seed(states, 0), *rest))
+
+    return jax.jit(for_all, donate_argnums=0)
 
 
-def check_finite(metrics, step, run_dir):
+def log_metrics(args, log, metrics, step, updates_per_second):
+    """A row of metrics.csv for each seed; metrics {name: (seeds,)}."""
+    rows = []
+    for i in range(args.num_seeds):
+        row = {"step": step, "seed": args.seed + i, **of_seed(metrics, i)}
+        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
+    log.append("metrics", rows)
+
+
+def check_finite(args, metrics, step):
     for name, values in metrics.items():
-        if not np.isfinite(values).all():
-            fail(f"{name} is not finite at step {step}; {run_dir} keeps what was saved", status=1)
+        for i in range(args.num_seeds):
+            if not np.isfinite(values[i]):
+                fail(f"{name} of seed {args.seed + i} is not finite at step {step}")
 
 
-def train_offline(args, networks, states, env, paths, dataset, evaluate_at, log):
+def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
     """The offline phase: the states at its end, or where a stop was asked for; saved."""
+    # The number of updates is traced, so that one program serves all.
     train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
-    train = jax.jit(train, donate_argnums=0)
-    states, _ = train(states, dataset, 0)  # no update, and the program serves any number
-    handle_signals(request_stop)
-
     step = int(states.step[0])
-    marks = (args.log_every, args.eval_every, args.checkpoint_every, args.dataset_replace_every)
-    updates_per_second = 0.0
-    logged_step = step
-    busy_seconds = 0.0
-    bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
+    saved_at = time.monotonic()
     while not stop_signals:
         if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
             save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
-            score(evaluate_at, states, step, log, bar)
+            score(args, act, envs, states, step, "offline", log)
             continue
         if step >= args.offline_steps:
             break
 
-        # Choice: about a second of updates, so that a stop is prompt, but not past the next event.
-        to_events = [mark - step % mark for mark in marks]
-        num_updates = min(int(updates_per_second) + 1, args.offline_steps - step, *to_events)
+        # At most 50, so that a stop is prompt, and not past the next event.
+        events = (args.log_every, args.eval_every, args.dataset_replace_every)
+        num_updates = min(50, args.offline_steps - step, *[n - step % n for n in events])
         started = time.perf_counter()
         states, metrics = train(states, dataset, num_updates)
         metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
-        seconds = max(time.perf_counter() - started, 1e-3)  # a clock may be coarse
+        updates_per_second = num_updates / max(time.perf_counter() - started, 1e-3)
         step += num_updates
-        check_finite(metrics, step, log.run_dir)
-        updates_per_second = num_updates / seconds
-        busy_seconds += seconds
-        bar.update(num_updates)
+        log.bar.update(num_updates)
+        check_finite(args, metrics, step)
 
         if step % args.log_every == 0:
-            speed = (step - logged_step) / busy_seconds
-            log_metrics(args, log, metrics, step, args.offline_steps - step, speed)
-            logged_step = step
-            busy_seconds = 0.0
-        if step % args.checkpoint_every == 0:
+            log_metrics(args, log, metrics, step, updates_per_second)
+        if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
             save_checkpoint(log.run_dir, states)
+            saved_at = time.monotonic()
         if step % args.dataset_replace_every == 0 and len(paths) > 1:
-            dataset = None  # one shard on the device at a time
-            try:
-                dataset = load_shard(args, paths, step, env)
-            except SystemExit:  # it can't be used: nothing is lost, and another may be named
-                save_checkpoint(log.run_dir, states)
-                raise
-    bar.close()
+            save_checkpoint(log.run_dir, states)  # the next shard may be damaged
+            dataset = load_shard(args, paths, step, env)
     save_checkpoint(log.run_dir, states)
     return states
 
 
-def score(evaluate_at, states, step, log, bar):
-    """Evaluate now; what a stop leaves unfinished is not kept."""
-    rows = evaluate_at(states, step)
+def train_both(args, networks, states, env, paths, dataset, act, envs, log, online):
+    """Both phases; `online` has the online rows of the run to go on with, by field."""
+    num_online = len(online.get("rewards", ()))
+    if args.start_training >= args.online_steps:
+        print("--start-training is not below --online-steps: nothing is learned online")
+    if num_online == 0 and args.offline_steps > 0:
+        states = train_offline(args, networks, states, env, paths, dataset, act, envs, log)
     if not stop_signals:
-        log.append("eval", rows)
-        bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+        buffer, num_data = make_buffer(args, paths, env, online)
+        rest = (ChunkedEpisode(args), buffer, num_data, num_online, act, envs, log)
+        train_online(args, networks, states, *rest)
 
 
-def train_online(args, networks, states, env, buffer, num_data, num_online, evaluate_at, log):
+def train_online(args, networks, states, env, buffer, num_data, num_online, act, envs, log):
     """The online phase: the states at its end, or where a stop was asked for; saved.
 
     The first `num_data` rows of the buffer are data, the next `num_online` environment steps.
     """
     block = args.utd_ratio * args.horizon  # updates that a whole chunk calls for
     train = jit_updates(args, networks, block, num_data)
-    act = make_act_online(args, networks, env.action_space.shape[0])
-
+    act_online = make_act_online(args, networks)
     last = args.offline_steps + args.online_steps
-    marks = (args.log_every, args.eval_every, args.checkpoint_every)
     updates = int(states.step[0]) - args.offline_steps  # online ones
-    logged_updates = updates
+    timed_updates = updates
+    timed_from = time.perf_counter()
+    saved_at = time.monotonic()
     metrics = {}
-    busy_seconds = 0.0
     observation, began, chunk = new_episode(args, env, num_online)
-    bar = tqdm(total=last, initial=args.offline_steps + num_online, unit=" steps", disable=None)
     while not stop_signals:
         step = args.offline_steps + num_online
         if log.evaluation_is_due(step, args.eval_every, last):
-            save_online(log, states, metrics, buffer, num_data, num_online)
-            score(evaluate_at, states, step, log, bar)
+            save_online(args, log, states, metrics, buffer, num_data, num_online)
+            phase = "online" if num_online > 0 else "offline"
+            score(args, act, envs, states, step, phase, log)
+            timed_updates = updates
+            timed_from = time.perf_counter()
             continue
         if step >= last:
             break
 
-        started = time.perf_counter()
         if len(chunk) == 0:
             # Choice: the policy acts before it learns what the last chunk calls for. It waits for
             # the updates before; those begun here run on the device while the chunk is played.
-            chunk = act(states, observation, num_online)
-            check_finite(metrics, num_online, log.run_dir)
+            chunk = act_online(states, observation, num_online)
+            check_finite(args, metrics, step)
             called_for = args.utd_ratio * max(0, num_online - args.start_training)
             if called_for - updates >= block:
                 states, metrics = train(states, buffer, num_online)
                 updates += block
-        most = min(last - step, *[mark - step % mark for mark in marks])
+        most = min(last - step, *[n - step % n for n in (args.log_every, args.eval_every)])
         rows, ended = play(args, env, observation, chunk[:most])
         buffer = add_transitions(buffer, rows, num_data + num_online)
         num_played = len(rows.rewards)
@@ -1260,21 +1157,20 @@ def train_online(args, networks, states, env, buffer, num_data, num_online, eval
         observation = rows.next_observations[-1]
         chunk = chunk[num_played:]
         step += num_played
-        bar.update(num_played)
+        log.bar.update(num_played)
         if ended:
             log.append("episodes", [episode_row(args, env, step, began)])
             observation, began, chunk = new_episode(args, env, num_online)
-        busy_seconds += time.perf_counter() - started
 
         if step % args.log_every == 0 and metrics:
-            speed = (updates - logged_updates) / busy_seconds
-            log_metrics(args, log, metrics, step, args.utd_ratio * (last - step), speed)
-            logged_updates = updates
-            busy_seconds = 0.0
-        if step % args.checkpoint_every == 0:
-            save_online(log, states, metrics, buffer, num_data, num_online)
-    bar.close()
-    save_online(log, states, metrics, buffer, num_data, num_online)
+            seconds = max(time.perf_counter() - timed_from, 1e-3)
+            log_metrics(args, log, metrics, step, (updates - timed_updates) / seconds)
+            timed_updates = updates
+            timed_from = time.perf_counter()
+        if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
+            save_online(args, log, states, metrics, buffer, num_data, num_online)
+            saved_at = time.monotonic()
+    save_online(args, log, states, metrics, buffer, num_data, num_online)
     return states
 
 
@@ -1284,15 +1180,15 @@ def jit_updates(args, networks, num_updates, num_data):
     def train(state, buffer, num_online):
         return train_steps(args, networks, state, buffer, num_updates, num_data, num_online)
 
-    return jax.jit(over_seeds(train, args.num_seeds), donate_argnums=0)
+    return over_seeds(train, args.num_seeds)
 
 
-def save_online(log, states, metrics, buffer, num_data, num_online):
+def save_online(args, log, states, metrics, buffer, num_data, num_online):
     """Save the states with the online rows of the buffer.
 
     The last of them ends an episode there: after --resume a new one begins.
     """
-    check_finite(metrics, num_online, log.run_dir)
+    check_finite(args, metrics, args.offline_steps + num_online)
     online = {}
     for name, column in buffer._asdict().items():
         online[name] = np.array(column[num_data : num_data + num_online])
@@ -1300,11 +1196,11 @@ def save_online(log, states, metrics, buffer, num_data, num_online):
     save_checkpoint(log.run_dir, states, online)
 
 
-def make_act_online(args, networks, chunk_size):
+def make_act_online(args, networks):
     """act(states, observation (O,), num_online) -> the next actions (H, A), on the host."""
 
     def act(states, observation, num_online):
-        state = jax.tree.map(lambda x: x[0], states)
+        state = of_seed(states, 0)
         params = {**state.params, "target": state.target_params}
         key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 2), num_online)
         return sample_actions(args, networks, params, observation[None], key)[0]
@@ -1314,7 +1210,7 @@ def make_act_online(args, networks, chunk_size):
     def act_or_explore(states, observation, num_online):
         if args.balanced_sampling and num_online < args.start_training:
             random = np.random.default_rng((args.seed, num_online))
-            actions = random.uniform(-1, 1, chunk_size)
+            actions = random.uniform(-1, 1, networks.chunk_dim)
         else:
             actions = np.asarray(act(states, observation, num_online))
         return actions.reshape(args.horizon, -1)
@@ -1337,74 +1233,51 @@ def episode_row(args, env, step, began):
     return {"step": step, "seed": args.seed, **scores, "wall_seconds": seconds}
 
 
-def log_metrics(args, log, metrics, step, updates_left, updates_per_second):
-    """A row of metrics.csv for each seed, and the time to go where it is long."""
-    rows = []
-    for i in range(args.num_seeds):
-        row = {"step": step, "seed": args.seed + i}
-        row |= {name: value[i] for name, value in metrics.items()}
-        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
-    log.append("metrics", rows)
-    seconds = round(updates_left / updates_per_second)
-    if seconds > 3600:
-        tqdm.write(f"{datetime.timedelta(seconds=seconds)} to go")
-
-
 def main(args):
     # Lines appear at once in a file, too; a console may not know every letter of a path.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    handle_signals(lambda number, _: sys.exit(128 + number))  # until there is something to save
-    if jax.default_backend() == "cpu" and args.hidden_dims == Args.hidden_dims:
-        print(
-            "This size takes days without a GPU. For a laptop:\n"
-            f"python {sys.argv[0]} --env-id {args.env_id}"
-            " --hidden-dims 128 128 128 --num-critics 2 --offline-steps 10000"
-        )
-
-    if args.num_seeds != 1:
-        fail("--num-seeds must be 1: start a run for each seed")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, while there is nothing to save
     env = make_env(args)
-    dims = (env.observation_space.shape[0], env.action_space.shape[0])
+    dims = env.observation_space.shape + env.action_space.shape  # O, A
     networks = make_networks(args, *dims)
-    keys = jax.vmap(jax.random.key)(np.arange(args.seed, args.seed + args.num_seeds))
+    new_key = partial(jax.random.key, impl="threefry2x32")  # by name: no setting of JAX's counts
+    keys = jax.vmap(new_key)(args.seed + np.arange(args.num_seeds))
     states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
     online = {}
-    source = args.resume or args.offline_checkpoint
-    if source:
-        states, online = restore_run(args, states, source)
+    if args.resume or args.offline_checkpoint:
+        states, online = restore_run(args, states, args.resume or args.offline_checkpoint)
+    step = min(int(states.step[0]), args.offline_steps) + len(online.get("rewards", ()))
     paths = find_dataset(args)
-    num_online = len(online.get("rewards", ()))
-    step = min(int(states.step[0]), args.offline_steps) + num_online
     dataset = load_shard(args, paths, step, env)
 
     record = describe_run(args, paths, dataset)
-    if source:
-        before, _ = read_run(source)
-        check_same_run(record, before)
-    run_dir = open_run_folder(args)
-    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
-    for name, value in record.items():
-        print(f"{name:22} {value}")
-    print(f"run folder: {run_dir}\ncompiling the update")
+    run_dir = open_run_folder(args, record)
+    folder = shlex.quote(str(run_dir).removeprefix(os.getcwd() + os.sep))
+    print(f"data: {record['data']['words']}\ndevice: {record['device']}\nrun folder: {folder}")
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            # A handler raises nothing: where it is called, nobody may be there to catch it.
+            signal.signal(getattr(signal, name), lambda number, _: stop_signals.append(number))
 
-    envs = ThreadPoolExecutor(1).submit(start_eval_envs, args)  # while the update compiles
-    evaluate_at = partial(evaluate_seeds, args, make_act(args, networks), envs, run_dir)
-    log = RunLog(args, run_dir, step)
-    if num_online == 0 and args.offline_steps > 0:
-        states = train_offline(args, networks, states, env, paths, dataset, evaluate_at, log)
-    del dataset
-    if not stop_signals:
-        buffer, num_data = make_buffer(args, paths, env, online)
-        play_env = ChunkedEpisode(args)
-        handle_signals(request_stop)
-        online_args = (play_env, buffer, num_data, num_online, evaluate_at, log)
-        states = train_online(args, networks, states, *online_args)
+    last = args.offline_steps + args.online_steps
+    log = RunLog(args, run_dir, step, last)
+    try:
+        if step < last or log.evaluation_is_due(step, args.eval_every, last):
+            print(f"going on at step {step}: compiling (about 20 s)")
+            envs = start_eval_envs(args)
+            act = jax.jit(partial(act_in_episodes, args, networks))
+            both = (args, networks, states, env, paths, dataset, act, envs, log)
+            train_both(*both, online)
+    except (EOFError, ConnectionError) as error:
+        if not stop_signals:  # a batch system stops all processes at once
+            words = f"an evaluation process has died ({error!r}; --eval-envs 1 needs less memory)"
+            sys.exit(f"error: {words}; {how_to_resume(run_dir)}")
+    log.bar.close()
     if stop_signals:
         print(f"stopped and saved; {how_to_resume(run_dir)}")
         sys.exit(128 + stop_signals[0])
-    folder = shlex.quote(str(run_dir))
-    print(f"finished: {folder}")
-    print(f"score, draw: python tools/evaluate.py {folder}; python tools/report.py {folder}")
+    print(f"finished: {folder}; --resume with a longer --online-steps goes on")
+    print(f"python tools/evaluate.py {folder}\npython tools/report.py {folder}")
 
 
 if __name__ == "__main__":

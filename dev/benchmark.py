@@ -264,7 +264,7 @@ class BareEpisode(gymnasium.Wrapper):
 def measure_evaluation(options, script, args, networks, updates: Updates) -> dict:
     """Environment steps a second of `evaluate`, and of the bare environment, resets included."""
     args = dataclasses.replace(args, eval_episodes=4 * args.eval_envs)
-    act = script.make_act(args, networks)
+    act = jax.jit(partial(script.act_in_episodes, args, networks))
     params = updates.acting_params()
     envs = script.start_eval_envs(args)
     bare = gymnasium.vector.AsyncVectorEnv(
@@ -347,7 +347,7 @@ def online_speed(options, script, args, env, data, bound: float) -> float:
             start_training=0,
             online_steps=steps,
             log_every=steps // 5,
-            checkpoint_every=NEVER,
+            checkpoint_minutes=float(NEVER),
             eval_every=NEVER,
             eval_episodes=1,
             eval_envs=1,

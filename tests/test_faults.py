@@ -18,6 +18,7 @@ import ogbench
 import pytest
 from conftest import DOMAIN, ROOT, command, folder_of, read_rows, read_states, resume, run
 from refusals import refusal
+from stopping import assert_same_rows, assert_same_states
 
 import qam_offline as qam
 
@@ -25,7 +26,7 @@ SCRIPT = "qam_offline.py"
 TASK = f"{DOMAIN}-task4"
 
 # Saved only when a run is stopped, or before its evaluation at the end.
-LONG = "--offline-steps 10000000 --checkpoint-every 10000000 --eval-every 10000000".split()
+LONG = "--offline-steps 10000000 --checkpoint-minutes 60 --eval-every 10000000".split()
 
 # Evaluations of some seconds, with next to nothing between them.
 LONG_EVALUATIONS = "--offline-steps 60 --eval-every 30 --eval-episodes 60".split()
@@ -52,6 +53,11 @@ def started(line, run_dir, **options):
 
 def printed_by(run_dir):
     return run_dir.with_suffix(".stdout")
+
+
+def resuming(folder, *flags):
+    """The command that goes on with a run."""
+    return [sys.executable, str(ROOT / SCRIPT), "--resume", str(folder), *flags]
 
 
 def errors_of(run_dir):
@@ -132,8 +138,9 @@ def kill_an_evaluation_process(process):
 
 def assert_told_of_the_killed_process(process, run_dir):
     assert process.wait(timeout=60) == 1
-    (line,) = errors_of(run_dir).read_text().splitlines()
-    assert line.startswith("error: an evaluation process has died")
+    errors = errors_of(run_dir).read_text()
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "an evaluation process has died" in line
     assert "--eval-envs" in line
     assert "--resume" in line
     assert read_states(folder_of(run_dir))["step"] > 0
@@ -168,9 +175,7 @@ def test_environment_process_of_the_scoring_tool_killed(finished_run, tmp_path):
         time.sleep(5)
         kill_an_evaluation_process(process)
         assert process.wait(timeout=60) == 1
-    printed = errors_of(run_dir).read_text()
-    assert "Traceback" not in printed
-    assert printed.splitlines()[-1].startswith("error: an environment process has died")
+    assert "error: an environment process has died" in errors_of(run_dir).read_text()
 
 
 # ----------------------------------------------------------------------------------------- signals
@@ -182,37 +187,16 @@ def test_sigterm_to_the_whole_group_during_an_evaluation(dataset_dir, tmp_path):
     line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATIONS)
     with started(line, run_dir) as process:
         wait_for_second_evaluation(run_dir, process)
-        # Who gets it first is left to chance: here the main process does not.
-        for child in evaluation_processes(process):
-            os.kill(child, signal.SIGTERM)
-        time.sleep(0.2)
         os.killpg(process.pid, signal.SIGTERM)
         assert_stopped(process, run_dir, signal.SIGTERM)
 
 
-def test_closed_terminal(dataset_dir, tmp_path):
+def test_batch_systems_warning(dataset_dir, tmp_path):
+    """SIGUSR1 saves and stops."""
     run_dir = tmp_path / "runs"
     line = command(SCRIPT, dataset_dir, run_dir, *LONG)
-    # The tests themselves may run under nohup, whose children ignore SIGHUP.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with started(line, run_dir) as process:
-        signal.signal(signal.SIGHUP, before)
         wait_for("metrics.csv", run_dir, process)
-        process.send_signal(signal.SIGHUP)
-        assert_stopped(process, run_dir, signal.SIGHUP)
-    folder = folder_of(run_dir)
-    *_, last_row = read_rows(folder / "metrics.csv")
-    assert read_states(folder)["step"] >= int(last_row["step"])
-
-
-def test_batch_systems_warning_to_a_run_under_nohup(dataset_dir, tmp_path):
-    """Under nohup a closed terminal is nothing; SIGUSR1 saves and stops."""
-    run_dir = tmp_path / "runs"
-    line = command(SCRIPT, dataset_dir, run_dir, *LONG)
-    with started(["nohup", *line], run_dir) as process:
-        wait_for("metrics.csv", run_dir, process)
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
         process.send_signal(signal.SIGUSR1)
         assert_stopped(process, run_dir, signal.SIGUSR1)
     assert read_states(folder_of(run_dir))["step"] > 0
@@ -242,24 +226,25 @@ class TestWhileARunGoesOn:
         printed = printed_by(run_dir).read_bytes().decode()
         assert process.poll() is None
         for row in rows:
-            assert f"\nstep {row['step']}  seed 1  adjoint_loss" in printed
+            assert f"\nstep {row['step']} seed 1 adjoint_loss" in printed
         for row in evals:
-            assert f"\nstep {row['step']}  seed 1  phase offline  success_rate" in printed
+            assert f"\nstep {row['step']} seed 1 phase offline success_rate" in printed
+        assert max(map(len, printed.splitlines())) <= 110 + len(str(folder))
         assert "\r" not in printed
         assert errors_of(run_dir).read_bytes() == b""
 
-    def test_no_other_process_gets_its_folder(self, running):
-        process, run_dir = running
-        done = resume(folder_of(run_dir))
-        assert process.poll() is None
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert "in use" in done.stderr
 
-
-def test_runs_started_in_the_same_second(tmp_path):
-    args = qam.Args(env_id=TASK, run_dir=str(tmp_path))
-    assert qam.open_run_folder(args) != qam.open_run_folder(args)
+def test_two_processes_in_one_folder_leave_what_one_does(finished_run, tmp_path):
+    """A requeued job whose first process still runs: both write the same states and rows."""
+    alone, shared = [shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two")]
+    flags = "--offline-steps 400 --eval-every 200 --log-every 20 --checkpoint-minutes 0".split()
+    assert resume(alone, *flags).returncode == 0
+    with started(resuming(shared, *flags), tmp_path / "first") as first:
+        with started(resuming(shared, *flags), tmp_path / "second") as second:
+            assert (first.wait(timeout=120), second.wait(timeout=120)) == (0, 0)
+    assert_same_states(alone, shared)
+    assert_same_rows(alone, shared, "metrics.csv", "eval.csv")
+    assert list(shared.glob("*.part")) == []
 
 
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
@@ -291,13 +276,12 @@ def test_printed_command_can_be_pasted_anywhere(dataset_dir, tmp_path, monkeypat
     assert shlex.split(pasted)[3] == str(folder_of(run_dir))
 
 
-def test_other_settings_of_jax_are_refused_by_name(finished_run, monkeypatch):
-    monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    done = resume(finished_run)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "jax_enable_x64" in line
+def test_the_default_kind_of_keys_changes_nothing(finished_run, tmp_path, monkeypatch):
+    plain, other = [shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two")]
+    assert resume(plain, "--offline-steps", "90").returncode == 0
+    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")
+    assert resume(other, "--offline-steps", "90").returncode == 0
+    assert_same_states(plain, other)
 
 
 def test_clock_of_coarse_steps(dataset_dir, tmp_path, monkeypatch):
@@ -352,8 +336,6 @@ class DatasetHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if answer == "page":
             content = b"<html>Please log in</html>"
-        if answer == "flipped":
-            content = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
         if answer == "chunk that breaks off":
             self.send_header("Transfer-Encoding", "chunked")
             content = b"186a0\r\n" + content[:5000]  # of 100,000 bytes
@@ -398,7 +380,6 @@ def test_download(server, tmp_path):
         "half",
         "half, length unknown",
         "page",
-        "flipped",
         "chunk that breaks off",
         "unavailable",
     ],
@@ -407,8 +388,9 @@ def test_download_that_goes_wrong(answer, server, tmp_path, capsys):
     """The file never takes the dataset's name, and nothing stays of it."""
     server.answer = answer
     path = tmp_path / "data" / f"{DOMAIN}-v0.npz"
-    assert qam.download(f"{DOMAIN}-v0", path) is False
-    assert f"{DOMAIN}-v0.npz can't be downloaded" in capsys.readouterr().out
+    assert not qam.download(f"{DOMAIN}-v0", path)
+    captured = capsys.readouterr()
+    assert f"{DOMAIN}-v0.npz can't be downloaded" in captured.out + captured.err
     assert list(path.parent.iterdir()) == []
 
 
@@ -421,11 +403,12 @@ def test_dataset_dir_with_another_domains_data(dataset_dir, capsys):
 
 def test_hidden_files_are_no_shards(tmp_path):
     """macOS leaves them beside copied ones."""
-    (tmp_path / "._part-0.npz").write_bytes(b"Mac OS X")
-    for name in ("part-0.npz", "part-1.npz", f"{DOMAIN}-v0-val.npz"):
-        np.savez(tmp_path / name, rewards=np.zeros(3))
+    shards = [tmp_path / f"{DOMAIN}-v0-00{i}.npz" for i in range(2)]
+    for path in (*shards, tmp_path / f"{DOMAIN}-v0-val.npz", tmp_path / "other.npz"):
+        np.savez(path, rewards=np.zeros(3))
+        (tmp_path / f"._{path.name}").write_bytes(b"Mac OS X")
     args = qam.Args(env_id=TASK, dataset_dir=str(tmp_path))
-    assert qam.find_dataset(args) == [tmp_path / "part-0.npz", tmp_path / "part-1.npz"]
+    assert qam.find_dataset(args) == shards
 
 
 def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
@@ -433,16 +416,16 @@ def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     content = bytearray((dataset_dir / f"{DOMAIN}-v0.npz").read_bytes())
-    first, second = np.random.default_rng(1).permutation(["a.npz", "b.npz"])
+    first, second = np.random.default_rng(1).permutation([f"{DOMAIN}-a.npz", f"{DOMAIN}-b.npz"])
     (shards / first).write_bytes(content)
     damaged = content.copy()
     damaged[5000] ^= 1
     (shards / second).write_bytes(damaged)
-    flags = "--dataset-replace-every 20 --checkpoint-every 1000 --eval-every 60"
+    flags = "--dataset-replace-every 20 --checkpoint-minutes 60 --eval-every 60"
     done = run(SCRIPT, shards, tmp_path / "runs", *flags.split())
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {shards / second} can't be read")
+    assert line.startswith(f"error: {shards / second} can't be used")
     folder = folder_of(tmp_path / "runs")
     assert read_states(folder)["step"] == 20
 
@@ -456,12 +439,12 @@ def test_shard_that_is_cut_short_is_found_before_anything_is_recorded(dataset_di
     shards = tmp_path / "shards"
     shards.mkdir()
     content = (dataset_dir / f"{DOMAIN}-v0.npz").read_bytes()
-    (shards / "a.npz").write_bytes(content)
-    (shards / "b.npz").write_bytes(content[: len(content) // 2])
+    (shards / f"{DOMAIN}-a.npz").write_bytes(content)
+    (shards / f"{DOMAIN}-b.npz").write_bytes(content[: len(content) // 2])
     done = run(SCRIPT, shards, tmp_path / "runs")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {shards / 'b.npz'} is no whole npz file")
+    assert line.startswith(f"error: {shards}/{DOMAIN}-b.npz can't be used")
     assert not (tmp_path / "runs").exists()
 
 
@@ -472,7 +455,7 @@ def test_field_of_text_is_one_sentence(dataset_dir, tmp_path):
     done = run(SCRIPT, tmp_path, tmp_path / "runs")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "can't be read" in line
+    assert "can't be used" in line
 
 
 # -------------------------------------------------------------------------------------------- code

@@ -556,7 +556,7 @@ def all_equal(tree, other):
     "values, words",
     [
         ({"kl_budget": 0.0}, "--kl-budget and --lambda-scale must be above 0"),
-        ({"lambda_scale": -1.0}, "--kl-budget and --lambda-scale must be above 0"),
+        ({"lambda_scale": 0.0}, "--kl-budget and --lambda-scale must be above 0"),
         ({"pretrain_steps": -1}, "--pretrain-steps must be at least 0"),
     ],
 )

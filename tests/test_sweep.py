@@ -15,7 +15,7 @@ from stopping import assert_same_rows, assert_same_states, has_checkpoint
 SWEEP = ROOT / "tools/sweep.py"
 STATES = ("waiting", "running", "done", "failed", "stale")
 # Long enough to be stopped on the way.
-LONG = "--offline-steps 4000 --eval-every 4000 --log-every 200 --checkpoint-every 200".split()
+LONG = "--offline-steps 4000 --eval-every 4000 --log-every 200".split()
 
 
 def sweep(*words, **options):
@@ -160,7 +160,7 @@ def test_a_job_is_not_run_twice_and_a_silent_one_is_stale(dataset_dir, tmp_path)
 
 
 def test_the_time_that_a_plan_takes(dataset_dir, tmp_path):
-    flags = ("--offline-steps", "1000000", "--checkpoint-every", "1000000")
+    flags = ("--offline-steps", "1000000", "--checkpoint-minutes", "60")
     plan(tmp_path, dataset_dir, seeds=3, flags=flags)
     done = sweep("time", tmp_path, "--seconds", "2")
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,7 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import active_children
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -51,10 +50,10 @@ class Args:
     """a checkpoint file in place of the run's own, for one run"""
 
 
-def fail(message, status=2):
-    """Print one sentence and exit: status 2 for what the user can put right, else 1."""
+def fail(message):
+    """Print one sentence and exit with status 2: the user can put it right."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 def read_record(run):
@@ -66,13 +65,15 @@ def read_record(run):
     return record
 
 
-def load_script(path):
+def load_script(record):
     """The script as a module: from where it ran or, if it is gone, from this project."""
-    path = Path(path)
+    path = Path(record["script"])
     places = [path, ROOT / path.name, *ROOT.glob(f"*/{path.name}")]
     found = [place for place in places if place.is_file()]
     if not found:
         fail(f"{path} is gone, and no script of this project has that name")
+    if hashlib.sha256(found[0].read_bytes()).hexdigest() != record.get("script_sha256"):
+        say(f"{found[0]} was edited since the run")
     # By its name, so that the environment processes can import it, too.
     sys.path.insert(0, str(found[0].parent))
     sys.modules.pop(path.stem, None)
@@ -83,7 +84,7 @@ def script_args(script, record, args):
     """The run's Args, with this evaluation's number of episodes and processes."""
     names = [field.name for field in dataclasses.fields(script.Args)]
     try:
-        values = {name: record[name] for name in names}
+        values = {name: record[name] for name in names if name in record}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         if args.episodes is not None:
             values["eval_episodes"] = args.episodes
@@ -98,10 +99,10 @@ def script_args(script, record, args):
 
 def read_checkpoint(path):
     """The states in a checkpoint file: nested dicts of numpy arrays, leading axis the seeds."""
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        fail(f"{path} is {'damaged' if content else 'not there'}")
-    return flax.serialization.msgpack_restore(content[32:])["states"]
+    try:
+        return flax.serialization.msgpack_restore(path.read_bytes())["states"]
+    except Exception as error:  # of msgpack, whatever is damaged
+        fail(f"{path} is not there, or damaged ({error!r})")
 
 
 def steps_done(record, states):
@@ -111,8 +112,8 @@ def steps_done(record, states):
     return min(updates, record["offline_steps"]) + len(rewards)
 
 
-def make_behavior_act(script, args, networks, chunk_size):
-    """As the script's make_act, for the behavior flow with one noise per chunk."""
+def make_behavior_act(script, args, networks):
+    """As the script's act_in_episodes, for the behavior flow with one noise per chunk."""
 
     def act_alone(params, observation, episode, chunk, key):
         key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
@@ -121,17 +122,17 @@ def make_behavior_act(script, args, networks, chunk_size):
             return networks.behavior.apply({"params": params["behavior"]}, observation[None], x, t)
 
         if hasattr(args, "diffusion_steps"):
-            noise = jax.random.normal(key, (args.diffusion_steps, 1, chunk_size))
+            noise = jax.random.normal(key, (args.diffusion_steps, 1, networks.chunk_dim))
             actions = script.sample_ancestral(behavior, behavior, noise[0], noise[1:])[-1]
         else:
-            noise = jax.random.normal(key, (1, chunk_size))
+            noise = jax.random.normal(key, (1, networks.chunk_dim))
             actions = script.sample_ode(behavior, noise, args.flow_steps)
         return jnp.clip(actions[0], -1, 1)
 
-    act_in_all = jax.vmap(act_alone, in_axes=(None, 0, 0, 0, None))
+    act_in_all = jax.vmap(act_alone, in_axes=(None, 0, 0, None, None))
 
-    def act(params, observations, chunks, key):
-        return act_in_all(params, observations, jnp.arange(len(chunks)), chunks, key)
+    def act(params, observations, chunk, key):
+        return act_in_all(params, observations, jnp.arange(len(observations)), chunk, key)
 
     return jax.jit(act)
 
@@ -143,14 +144,27 @@ def write_rows(path, rows):
         writer.writerows(rows)
 
 
+def render(env):
+    """A frame, or one sentence if there is none."""
+    try:
+        if getattr(env.unwrapped, "render_mode", None) is None:
+            env.unwrapped.render_mode = "rgb_array"
+        frame = env.unwrapped.render()
+    except Exception as error:  # of a package that is missing, a display, a GPU
+        fail(f"{env.spec.id} can't be rendered, so leave out --video: {error!r}")
+    if frame is None:
+        fail(f"{env.spec.id} can't be rendered, so leave out --video")
+    return frame
+
+
 def say_what_rendering_costs(env, args, num_seeds):
     """Before minutes go by: the time of a frame on this machine."""
     env.reset(seed=0)
-    env.unwrapped.render()
+    render(env)
     started = time.perf_counter()
-    env.unwrapped.render()
+    render(env)
     seconds = time.perf_counter() - started
-    steps = min(args.video_steps, env.spec.max_episode_steps)
+    steps = min(args.video_steps, env.spec.max_episode_steps or args.video_steps)
     total = seconds * steps * args.video * num_seeds
     say(
         f"a frame takes {seconds:.2f} s here: up to {total / 60:.1f} minutes for {args.video}"
@@ -162,18 +176,18 @@ def record_episode(env, act, params, key, episode, num_rows, num_steps):
     """Frames of an episode, played as in the evaluation: row `episode` of as many rows."""
     observation, _ = env.reset(seed=episode)
     observations = np.zeros((num_rows, *env.observation_space.shape))
-    chunks = np.zeros(num_rows, int)
     action_shape = (-1, *env.env.action_space.shape)
     frames = []
+    chunk = 0
     while True:
         observations[episode] = observation
-        actions = np.asarray(act(params, observations, chunks, key))[episode]
+        actions = np.asarray(act(params, observations, chunk, key))[episode]
         for action in actions.reshape(action_shape):
             observation, _, terminated, truncated, _ = env.step(action)
-            frames.append(env.unwrapped.render())
+            frames.append(render(env))
             if terminated or truncated or len(frames) >= num_steps:
                 return frames
-        chunks[episode] += 1
+        chunk += 1
 
 
 def say(message):
@@ -183,32 +197,30 @@ def say(message):
 def score(args, run):
     """Score one run: a line and, for the behavior flow, a row per seed; then the videos."""
     record = read_record(run)
-    script = load_script(record["script"])
+    script = load_script(record)
     run_args = script_args(script, record, args)
     states = read_checkpoint(args.checkpoint or run / "checkpoint.msgpack")
     step = steps_done(record, states)
     env = script.ChunkedEpisode(run_args)
-    networks = script.make_networks(
-        run_args, env.observation_space.shape[0], env.env.action_space.shape[0]
-    )
+    dims = env.observation_space.shape + env.env.action_space.shape  # O, A
+    networks = script.make_networks(run_args, *dims)
     who = "policy"
-    act = script.make_act(run_args, networks)
+    act = jax.jit(partial(script.act_in_episodes, run_args, networks))
     if args.behavior:
         who = "behavior"
         if "behavior" not in states["params"]:
             fail(f"{run} has no behavior flow: its networks are {', '.join(states['params'])}")
-        act = make_behavior_act(script, run_args, networks, env.action_space.shape[0])
+        act = make_behavior_act(script, run_args, networks)
     if args.video:
         say_what_rendering_costs(env, args, len(states["step"]))
 
     say(f"{run}: starting {run_args.eval_envs} processes, {run_args.eval_episodes} episodes a seed")
-    # The thread's signal mask is the processes' too: Ctrl-C is for this process alone.
-    envs = ThreadPoolExecutor(1).submit(script.start_eval_envs, run_args).result()
+    envs = script.start_eval_envs(run_args)
     rows = []
     for i, seed in enumerate(range(run_args.seed, run_args.seed + len(states["step"]))):
         params = jax.tree.map(lambda x: x[i], states["params"])  # noqa: B023
         params["target"] = jax.tree.map(lambda x: x[i], states["target_params"])  # noqa: B023
-        key = jax.random.wrap_key_data(states["key"][i])
+        key = jax.random.wrap_key_data(states["key"][i], impl="threefry2x32")
         key = jax.random.fold_in(key, 2**31 - 1)  # as in the script's evaluations
         started = time.perf_counter()
         scores = script.evaluate(run_args, act, params, envs, key)
@@ -249,13 +261,9 @@ def main(args):
         try:
             score(args, run.expanduser())
         except (EOFError, ConnectionError):
-            sys.unraisablehook = lambda _: (
-                None
-            )  # gymnasium's clean-up complains of the dead process
-            for process in active_children():  # or the others complain, too
-                process.terminate()
-            message = "an environment process has died, perhaps for want of memory: see --envs"
-            fail(message, status=1)
+            sys.exit(
+                "error: an environment process has died, perhaps for want of memory: see --envs"
+            )
         except OSError as error:
             fail(f"{run}: {error}")
 

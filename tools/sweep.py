@@ -253,8 +253,10 @@ def check_flags(script, flags):
         spec = importlib.util.spec_from_file_location(name, script)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name]
     try:
-        tyro.cli(sys.modules[name].Args, args=flags)
+        args = tyro.cli(module.Args, args=flags)
+        module.make_env(args).close()
     except SystemExit:
         fail(f"{script.name} does not take {shlex.join(flags)}")
 
