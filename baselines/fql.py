@@ -467,8 +467,7 @@ def make_env(args):
     _, environment_id, _ = parse_env_id(args.env_id)
     warnings.simplefilter("ignore")  # of missing displays and rounded bounds, in each process
     sys.path.append(os.getcwd())  # where the module of my_module:MyEnv-v0 may be
-    example = "OGBench has cube-double-play, scene-play-task1 (to task5), .."
-    with or_fail(f"--env-id {args.env_id} can't be used; {example}"):
+    with or_fail(f"--env-id {args.env_id} (OGBench has scene-play, scene-play-task1, ..)"):
         env = gymnasium.make(environment_id)
         # OGBench makes a fresh, unseeded Box at every access: one is pinned, so that seeding works.
         type(env.unwrapped).action_space = env.action_space
@@ -484,12 +483,13 @@ def find_dataset(args):
     """The dataset's file, or its shards. Downloads or collects what is missing."""
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
-        paths = sorted(Path(args.dataset_dir).glob(f"{domain or '[!.]'}*.npz"))  # no hidden files
-        paths = [path for path in paths if not path.stem.endswith("-val")]
-        whole = [path for path in paths if path.stem == name]
-        if not paths:
-            fail(f"--dataset-dir {args.dataset_dir} holds no {name}.npz, and no shards of it")
-        return whole or paths
+        paths = sorted(Path(args.dataset_dir).glob("[!.]*.npz"))  # no hidden files
+        names = [path.name for path in paths]
+        shards = [path for path in paths if path.stem.startswith(domain)]
+        shards = [path for path in shards if not path.stem.endswith("-val")]
+        if not shards:
+            fail(f"--dataset-dir {args.dataset_dir} holds {names}: none is {name}.npz or its shard")
+        return [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
@@ -540,7 +540,7 @@ def load_dataset(args, path, env):
         data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
         check_dataset(args, data, env)
     if args.sparse:
-        data = data._replace(rewards=-np.float32(data.rewards != 0))
+        data = data._replace(rewards=np.where(data.rewards != 0, np.float32(-1), np.float32(0)))
     # As in the paper's code. Some methods invert a tanh here.
     return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
 
@@ -594,8 +594,9 @@ class ChunkedEpisode(gymnasium.Wrapper):
                 *self.last, info = self.env.step(action)
                 _, reward, terminated, truncated = self.last
                 self.ended = terminated or truncated
-                self.scores += (0, reward, 1)
                 self.scores[0] = info.get("success", 0)  # at the last step, as OGBench counts it
+                self.scores[1] += reward
+                self.scores[2] += 1
         return *self.last, {"scores": self.scores}
 
 
@@ -787,6 +788,7 @@ def describe_run(args, paths, dataset):
     if args.dataset_dir:
         source = "from --dataset-dir"
     packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
     return {
         **vars(args),
         "script": os.path.abspath(__file__),
@@ -799,8 +801,7 @@ def describe_run(args, paths, dataset):
         },
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in packages},
-        "jax_x64": jax.config.jax_enable_x64,
-        "jax_matmul_precision": jax.config.jax_default_matmul_precision,
+        "jax_settings": {name: getattr(jax.config, name) for name in settings},
     }
 
 

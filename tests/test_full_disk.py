@@ -2,6 +2,7 @@
 
 import subprocess
 
+import pytest
 from conftest import command, folder_of, read_rows, read_states, resume
 
 # The checkpoint grows by 36 bytes per online step, from 20 kB to 70 kB.
@@ -12,6 +13,7 @@ FLAGS = (
 KIBIBYTES = 30
 
 
+@pytest.mark.slow
 def test_full_disk(dataset_dir, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the end of the disk: an OSError, too."""
     line = command("qam_offline_to_online.py", dataset_dir, tmp_path, *FLAGS)

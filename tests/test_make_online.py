@@ -148,6 +148,7 @@ def test_both_phases_run(script, online_scripts, dataset_dir, tmp_path):
     assert states["step"][0] > 60 + 200
 
 
+@pytest.mark.slow
 def test_rlpd_runs_online_alone(online_scripts, dataset_dir, tmp_path):
     """From its first step, half of each batch from the data; and stopped and gone on with."""
     script = online_scripts["baselines/rlpd.py"]
@@ -168,6 +169,7 @@ def test_rlpd_runs_online_alone(online_scripts, dataset_dir, tmp_path):
     assert float(read_rows(folder / "metrics.csv")[-1]["bc_loss"]) != 0
 
 
+@pytest.mark.slow
 def test_killed_in_either_phase(online_scripts, dataset_dir, tmp_path):
     """TRQAM's lambda and its average are part of the state; while pretraining, they stand still."""
     script = online_scripts["variants/trqam.py"]

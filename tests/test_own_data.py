@@ -133,8 +133,8 @@ def test_its_policy_beats_its_data(pendulum):
 
 def test_a_modules_environment_offline_online_scored_drawn_and_swept(reach):
     """With dicts, shards and bounds of its own; and a sentence for a video that can't be had."""
-    flags = [*TINY, "--env-id", REACH, "--dataset-dir", "data", "--flow-steps", "2"]
-    flags += ["--eval-every", "60"]
+    tiny = [*TINY, "--dataset-dir", "data", "--flow-steps", "2", "--eval-every", "60"]
+    flags = ["--env-id", REACH, *tiny]
     execute(reach, ROOT / "qam_offline.py", *flags, "--run-dir", "offline")
     run = folder_of(reach / "offline")
     assert ":" not in run.name
@@ -158,7 +158,7 @@ def test_a_modules_environment_offline_online_scored_drawn_and_swept(reach):
     assert "Traceback" not in done.stderr
 
     words = ["--scripts", ROOT / "qam_offline.py", "--tasks", REACH, "--seeds", "1"]
-    execute(reach, ROOT / "tools/sweep.py", "plan", "sweep", *words, *flags[:-6], *flags[-4:])
+    execute(reach, ROOT / "tools/sweep.py", "plan", "sweep", *words, *tiny)
     execute(reach, ROOT / "tools/sweep.py", "run", "sweep")
 
 
@@ -220,12 +220,18 @@ def test_no_folder_of_data(capsys):
         ("cube-duble-play", "cube-double"),
         ("scene-play-task9", "task1"),
         ("no_such_module:MyEnv-v0", "no_such_module"),
-        ("CartPole-v1", "actions"),
-        ("visual-cube-double-play", "observations"),
+        ("CartPole-v1", "Box"),
+        ("Picture-v0", "observations must be vectors"),
     ],
 )
 def test_environments_that_do_not_serve(env_id, words, capsys):
+    gymnasium.register("Picture-v0", entry_point=Picture)
     assert words in refusal(capsys, qam.make_env, qam.Args(env_id=env_id))
+
+
+class Picture(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(0, 1, (4, 4, 3))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
 
 
 def test_bounds_are_rescaled():

@@ -65,7 +65,7 @@ def test_run_leaves_its_files(finished_run, dataset_dir):
 
     saved = json.loads((finished_run / "args.json").read_text())
     assert saved["script"] == str(ROOT / SCRIPT)
-    assert (saved["discount"], saved["inv_temp"], saved["sparse"]) == (0.99, 1.0, False)
+    assert (saved["discount"], saved["inv_temp"], saved["sparse"]) == (0.99, 0.5, False)
     data = saved["data"]
     assert data["path"] == [str(dataset_dir / f"{DOMAIN}-v0.npz")]
     assert data["transitions"] == 3000

@@ -82,20 +82,29 @@ def test_metrics_of_both_seeds(script, folders):
     assert metrics[2]["critic_loss"] != metrics[3]["critic_loss"]
 
 
-def test_evaluate_scores_them_as_they_did(folders):
+def check_scores(scored):
     """All in one call, by another number of processes."""
-    printed = scores_printed(evaluate(*folders.values()), "policy")
+    printed = scores_printed(evaluate(*scored), "policy")
     rows = []
-    for folder in folders.values():
+    for folder in scored:
         rows += read_rows(folder / "eval.csv")
-    assert len(printed) == len(rows) == 2 * len(SCRIPTS)
+    assert len(printed) == len(rows) == 2 * len(scored)
     for scores, row in zip(printed, rows, strict=True):
         assert scores.items() <= row.items()
 
 
+def test_evaluate_scores_runs_as_they_did(folders):
+    check_scores([folders["qam_diffusion_variant.py"], folders["baselines/ifql.py"]])
+
+
+@pytest.mark.slow
+def test_evaluate_scores_the_runs_of_all_scripts_as_they_did(folders):
+    check_scores(list(folders.values()))
+
+
 def test_evaluate_scores_the_behavior_flow(folders):
     """And keeps the scores in each run's folder."""
-    with_behavior = [folders[script] for script in SCRIPTS if script not in WITHOUT_BEHAVIOR]
+    with_behavior = [folders["qam_diffusion_variant.py"], folders["variants/trqam.py"]]
     done = evaluate(*with_behavior, "--behavior", "--episodes", "1")
     printed = scores_printed(done, "behavior")
     assert [scores["seed"] for scores in printed] == ["1", "2"] * len(with_behavior)

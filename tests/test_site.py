@@ -15,10 +15,13 @@ from dev import sync_shared
 
 # An interpreter with what docs/requirements.txt lists, and playwright: .ci/run makes one.
 DOCS_PYTHON = os.environ.get("DOCS_PYTHON")
-pytestmark = pytest.mark.skipif(
-    DOCS_PYTHON is None or shutil.which("chromium") is None,
-    reason="no DOCS_PYTHON with mkdocs and playwright, or no Chromium",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        DOCS_PYTHON is None or shutil.which("chromium") is None,
+        reason="no DOCS_PYTHON with mkdocs and playwright, or no Chromium",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

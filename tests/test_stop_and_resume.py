@@ -175,6 +175,7 @@ def check_online_rows(folder, saved):
     assert eval_steps == [1000, 1500]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_of_an_episode(dataset_dir, tmp_path):
     stopped, saved, printed = stop_in_first_episode(
         dataset_dir, tmp_path / "stopped", signal.SIGTERM
@@ -184,6 +185,7 @@ def test_stopped_in_the_middle_of_an_episode(dataset_dir, tmp_path):
     check_online_rows(stopped, saved)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_episode(dataset_dir, tmp_path):
     """What comes after the kill depends on the checkpoint alone."""
     killed, saved, _ = stop_in_first_episode(dataset_dir, tmp_path / "killed", signal.SIGKILL)
@@ -199,6 +201,7 @@ def test_killed_in_the_middle_of_an_episode(dataset_dir, tmp_path):
     check_online_rows(killed, saved)
 
 
+@pytest.mark.slow
 def test_intervals_and_overlap_do_not_change_the_online_phase(
     both_phases, dataset_dir, tmp_path, monkeypatch
 ):

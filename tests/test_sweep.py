@@ -159,6 +159,7 @@ def test_a_job_is_not_run_twice_and_a_silent_one_is_stale(dataset_dir, tmp_path)
     assert states_of(tmp_path)[0] == "stale"
 
 
+@pytest.mark.slow
 def test_the_time_that_a_plan_takes(dataset_dir, tmp_path):
     flags = ("--offline-steps", "1000000", "--checkpoint-minutes", "60")
     plan(tmp_path, dataset_dir, seeds=3, flags=flags)
@@ -199,6 +200,7 @@ def tasks():
     return dict(words.split() for words in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_preempted_and_cancelled_on_slurm(slurm, dataset_dir, tmp_path, uninterrupted):
     """One job is put back, one cancelled and submitted again; the states are those of runs here."""
     plan(tmp_path, dataset_dir, seeds=4)

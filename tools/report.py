@@ -47,9 +47,9 @@ COLUMNS.update({"step": int, "success": float, "return": float, "length": float}
 # What args.json holds beside the settings: where and how a run worked, not what it learned.
 # Runs that differ in nothing else are seeds of one curve.
 NOT_SETTINGS = (
-    "script seed num_seeds run_dir resume dataset_dir offline_checkpoint eval_every eval_episodes "
-    "eval_envs log_every checkpoint_every track wandb_project eval_only capture_video device "
-    "observation_dim action_dim"
+    "script script_sha256 seed num_seeds run_dir resume dataset_dir offline_checkpoint eval_every "
+    "eval_episodes eval_envs log_every checkpoint_every checkpoint_minutes track wandb_project "
+    "eval_only capture_video device observation_dim action_dim"
 ).split()
 # The scripts' methods, as the paper names them.
 METHODS = {

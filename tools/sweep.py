@@ -21,6 +21,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -228,8 +229,8 @@ def find_script(words, online):
 
 
 def tasks_of(name):
-    """A task, or the five of a domain."""
-    if "-task" in name or "-singletask" in name:
+    """A task, an environment's id, or the five tasks of a domain."""
+    if "-task" in name or re.search(r"-v\d+$", name):
         return [name]
     return [f"{name}-task{number}" for number in range(1, TASKS_OF_A_DOMAIN + 1)]
 
@@ -256,7 +257,9 @@ def check_flags(script, flags):
     module = sys.modules[name]
     try:
         args = tyro.cli(module.Args, args=flags)
-        module.make_env(args).close()
+        domain, _, _ = module.parse_env_id(args.env_id)
+        if not domain:  # OGBench does not know it: does anybody?
+            module.make_env(args).close()
     except SystemExit:
         fail(f"{script.name} does not take {shlex.join(flags)}")
 
