@@ -18,6 +18,7 @@ from numpy.testing import assert_allclose
 import qam_offline as qam
 from experiments import closed_form
 
+pytestmark = pytest.mark.slow
 BASE = closed_form.behavior_velocity
 STEPS = 10
 SAMPLES = 2000

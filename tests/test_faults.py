@@ -243,6 +243,7 @@ class TestWhileARunGoesOn:
         assert errors_of(run_dir).read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder_leave_what_one_does(finished_run, tmp_path):
     """A requeued job whose first process still runs: both write the same states and rows."""
     alone, shared = [shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two")]
@@ -285,6 +286,7 @@ def test_printed_command_can_be_pasted_anywhere(dataset_dir, tmp_path, monkeypat
     assert shlex.split(pasted)[3] == str(folder_of(run_dir))
 
 
+@pytest.mark.slow
 def test_the_default_kind_of_keys_changes_nothing(finished_run, tmp_path, monkeypatch):
     plain, other = [shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two")]
     assert resume(plain, "--offline-steps", "90").returncode == 0
@@ -293,6 +295,7 @@ def test_the_default_kind_of_keys_changes_nothing(finished_run, tmp_path, monkey
     assert_same_states(plain, other)
 
 
+@pytest.mark.slow
 def test_clock_of_coarse_steps(dataset_dir, tmp_path, monkeypatch):
     """Of 15.6 ms, as on Windows: an update takes no time at all."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -421,6 +424,7 @@ def test_hidden_files_are_no_shards(tmp_path):
     assert qam.find_dataset(args) == shards
 
 
+@pytest.mark.slow
 def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
     """The run saves before it leaves, and goes on when the shard is mended."""
     shards = tmp_path / "shards"

@@ -131,7 +131,9 @@ def test_made_from_qam_offline_it_is_qam_offline_to_online(online_scripts):
     assert text == (ROOT / "qam_offline_to_online.py").read_text()
 
 
-@pytest.mark.parametrize("script", ["baselines/fql.py", "edited"])
+@pytest.mark.parametrize(
+    "script", ["edited", pytest.param("baselines/fql.py", marks=pytest.mark.slow)]
+)
 def test_both_phases_run(script, online_scripts, dataset_dir, tmp_path):
     flags = "--online-steps 300 --start-training 40 --eval-every 180 --log-every 60".split()
     done = run(online_scripts[script], dataset_dir, tmp_path, *flags)

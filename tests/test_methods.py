@@ -411,6 +411,7 @@ def test_dsrl_acts_by_the_target_flow():
 # ------------------------------------------------------------------------------------ the variants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, coefficient", [("qam_fql", "fql_alpha"), ("qam_edit", "edit_scale")]
 )

@@ -172,7 +172,14 @@ def path_of(dataset_dir, tmp_path_factory):
     return path_of
 
 
-@pytest.mark.parametrize("env_id", [TASK, "scene-play-task1", "cube-double-play-task1"])
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        TASK,
+        pytest.param("scene-play-task1", marks=pytest.mark.slow),
+        pytest.param("cube-double-play-task1", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("sparse", [False, True])
 def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, sparse, path_of):
     """The same states, through load_dataset and through the environment."""

@@ -131,34 +131,49 @@ def test_its_policy_beats_its_data(pendulum):
     assert (row["success_rate"], row["length"]) == ("0.0", "200.0")
 
 
-def test_a_modules_environment_offline_online_scored_drawn_and_swept(reach):
-    """With dicts, shards and bounds of its own; and a sentence for a video that can't be had."""
-    tiny = [*TINY, "--dataset-dir", "data", "--flow-steps", "2", "--eval-every", "60"]
-    flags = ["--env-id", REACH, *tiny]
-    execute(reach, ROOT / "qam_offline.py", *flags, "--run-dir", "offline")
-    run = folder_of(reach / "offline")
+TINY_REACH = [*TINY, "--dataset-dir", "data", "--flow-steps", "2", "--eval-every", "60"]
+
+
+@pytest.fixture(scope="module")
+def reach_run(reach):
+    """The folder of an offline run."""
+    flags = ["--env-id", REACH, *TINY_REACH, "--run-dir", "offline"]
+    execute(reach, ROOT / "qam_offline.py", *flags)
+    return folder_of(reach / "offline")
+
+
+def test_a_modules_environment_with_dicts_shards_and_bounds_of_its_own(reach_run):
+    run = reach_run
     assert ":" not in run.name
     (row,) = read_rows(run / "eval.csv")
     assert row["length"] == "20.0"
     record = json.loads((run / "args.json").read_text())
     assert [path.rpartition("/")[2] for path in record["data"]["path"]] == ["a.npz", "b.npz"]
 
-    online = ["--online-steps", "60", "--start-training", "20", "--run-dir", "online"]
-    execute(reach, ROOT / "qam_offline_to_online.py", *flags, *online)
+
+@pytest.mark.slow
+def test_it_goes_online(reach):
+    flags = ["--online-steps", "60", "--start-training", "20", "--run-dir", "online"]
+    flags += ["--env-id", REACH, *TINY_REACH]
+    execute(reach, ROOT / "qam_offline_to_online.py", *flags)
     rows = read_rows(folder_of(reach / "online") / "episodes.csv")
     assert [row["step"] for row in rows] == ["80", "100", "120"]
 
-    done = execute(reach, ROOT / "tools/evaluate.py", run, "--episodes", "3")
+
+@pytest.mark.slow
+def test_it_is_scored_drawn_and_swept(reach, reach_run):
+    """And a video of it, which can't be had, is one sentence."""
+    done = execute(reach, ROOT / "tools/evaluate.py", reach_run, "--episodes", "3")
     assert re.fullmatch(r"step 60 seed 1 policy .* length 20.0 episodes 3\n", done.stdout)
-    execute(reach, ROOT / "tools/report.py", run, "-o", "report")
-    line = [sys.executable, ROOT / "tools/evaluate.py", run, "--video", "1"]
+    execute(reach, ROOT / "tools/report.py", reach_run, "-o", "report")
+    line = [sys.executable, ROOT / "tools/evaluate.py", reach_run, "--video", "1"]
     done = subprocess.run(line, cwd=reach, capture_output=True, text=True)
     assert done.returncode == 2
     assert "can't be rendered" in done.stderr
     assert "Traceback" not in done.stderr
 
     words = ["--scripts", ROOT / "qam_offline.py", "--tasks", REACH, "--seeds", "1"]
-    execute(reach, ROOT / "tools/sweep.py", "plan", "sweep", *words, *tiny)
+    execute(reach, ROOT / "tools/sweep.py", "plan", "sweep", *words, *TINY_REACH)
     execute(reach, ROOT / "tools/sweep.py", "run", "sweep")
 
 

@@ -1,5 +1,6 @@
 """A real, tiny run of every script that has no tests of its own for it, scored again."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -26,6 +27,11 @@ SCRIPTS = [
     "baselines/qsm.py",
     "baselines/dac.py",
 ]
+# A run takes ten seconds: these with the README's test command, the others with -m slow.
+FAST = ("qam_diffusion_variant.py", "baselines/fql.py", "variants/trqam.py", "baselines/ifql.py")
+MARKED = [
+    pytest.param(script, marks=[] if script in FAST else pytest.mark.slow) for script in SCRIPTS
+]
 WITHOUT_BEHAVIOR = [f"baselines/{name}.py" for name in "fbrac fawac rebrac rlpd qsm dac".split()]
 
 
@@ -38,19 +44,21 @@ def fast_compilation():
 
 
 @pytest.fixture(scope="module")
-def folders(dataset_dir, fast_compilation, tmp_path_factory):
-    """{script: folder of a run with two seeds that acts by the best of two chunks}"""
+def folder_for(dataset_dir, fast_compilation, tmp_path_factory):
+    """folder_for(script): of a run with two seeds that acts by the best of two chunks."""
     flags = (
         "--num-seeds 2 --best-of-n 2 --hidden-dims 8 --eval-envs 1 "
         "--offline-steps 20 --eval-every 20 --log-every 10"
     )
-    found = {}
-    for script in SCRIPTS:
+
+    @functools.cache
+    def folder_for(script):
         run_dir = tmp_path_factory.mktemp("script")
         done = run(script, dataset_dir, run_dir, *flags.split())
         assert done.returncode == 0, done.stderr
-        found[script] = folder_of(run_dir)
-    return found
+        return folder_of(run_dir)
+
+    return folder_for
 
 
 def evaluate(*words):
@@ -70,9 +78,9 @@ def scores_printed(done, who):
     return found
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_metrics_of_both_seeds(script, folders):
-    metrics = read_rows(folders[script] / "metrics.csv")
+@pytest.mark.parametrize("script", MARKED)
+def test_metrics_of_both_seeds(script, folder_for):
+    metrics = read_rows(folder_for(script) / "metrics.csv")
     marks = [(row["step"], row["seed"]) for row in metrics]
     assert marks == [("10", "1"), ("10", "2"), ("20", "1"), ("20", "2")]
     names = {"critic_loss", "q_mean", "grad_norm", "updates_per_second"}
@@ -93,18 +101,18 @@ def check_scores(scored):
         assert scores.items() <= row.items()
 
 
-def test_evaluate_scores_runs_as_they_did(folders):
-    check_scores([folders["qam_diffusion_variant.py"], folders["baselines/ifql.py"]])
+def test_evaluate_scores_runs_as_they_did(folder_for):
+    check_scores([folder_for("qam_diffusion_variant.py"), folder_for("baselines/ifql.py")])
 
 
 @pytest.mark.slow
-def test_evaluate_scores_the_runs_of_all_scripts_as_they_did(folders):
-    check_scores(list(folders.values()))
+def test_evaluate_scores_the_runs_of_all_scripts_as_they_did(folder_for):
+    check_scores([folder_for(script) for script in SCRIPTS])
 
 
-def test_evaluate_scores_the_behavior_flow(folders):
+def test_evaluate_scores_the_behavior_flow(folder_for):
     """And keeps the scores in each run's folder."""
-    with_behavior = [folders["qam_diffusion_variant.py"], folders["variants/trqam.py"]]
+    with_behavior = [folder_for("qam_diffusion_variant.py"), folder_for("variants/trqam.py")]
     done = evaluate(*with_behavior, "--behavior", "--episodes", "1")
     printed = scores_printed(done, "behavior")
     assert [scores["seed"] for scores in printed] == ["1", "2"] * len(with_behavior)
@@ -113,8 +121,9 @@ def test_evaluate_scores_the_behavior_flow(folders):
         assert [(row["seed"], row["episodes"]) for row in rows] == [("1", "1"), ("2", "1")]
 
 
-def test_evaluate_tells_of_a_run_without_a_behavior_flow(folders):
-    done = evaluate(folders[WITHOUT_BEHAVIOR[0]], "--behavior")
+@pytest.mark.slow
+def test_evaluate_tells_of_a_run_without_a_behavior_flow(folder_for):
+    done = evaluate(folder_for(WITHOUT_BEHAVIOR[0]), "--behavior")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

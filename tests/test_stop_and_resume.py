@@ -39,7 +39,9 @@ def never_stopped(dataset_dir, tmp_path_factory):
     return folder_of(run_dir)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_path, how):
     run_dir = tmp_path / "stopped"
     process = start(OFFLINE, dataset_dir, run_dir, *LONG)
@@ -55,7 +57,9 @@ def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_
     assert_same_rows(never_stopped, stopped, "metrics.csv", "eval.csv")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopped_in_an_evaluation(finished_run, dataset_dir, tmp_path, how):
     """An evaluation of many episodes is given up. It begins anew when the run is resumed."""
     run_dir = tmp_path / "stopped"
@@ -104,9 +108,11 @@ def test_resuming_a_finished_run_changes_nothing(finished_run, tmp_path):
     "intervals",
     [
         # An update a dispatch.
-        "--log-every 1",
+        pytest.param("--log-every 1", marks=pytest.mark.slow),
         # All in as few as may be.
-        "--log-every 1000 --eval-every 1000 --checkpoint-minutes 60",
+        pytest.param(
+            "--log-every 1000 --eval-every 1000 --checkpoint-minutes 60", marks=pytest.mark.slow
+        ),
         "--log-every 7 --eval-every 23",
     ],
 )
@@ -124,6 +130,7 @@ def both_phases(dataset_dir, tmp_path_factory):
     return folder_of(run_dir)
 
 
+@pytest.mark.slow
 def test_killed_in_the_offline_phase(both_phases, dataset_dir, tmp_path):
     """Nothing of the online phase is lost, so that this run, too, ends as one never killed."""
     run_dir = tmp_path / "killed"

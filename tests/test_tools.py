@@ -75,6 +75,7 @@ def test_benchmark_runs_the_online_phase():
     assert figures["online_fraction"] > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", closed_form.GRIDS)
 def test_every_method_trains_on_the_bandit(name):
     """Its own policy_loss with the analytic Q, whose critics all agree; nothing is lost to nan."""
