@@ -603,7 +603,8 @@ def download(name, path):
         part.rename(path)
     except Exception as error:  # of the network, the server, the disk or zipfile
         part.unlink(missing_ok=True)
-        print(f"{name}.npz can't be downloaded: {error!r}")
+        tqdm.write(f"{name}.npz can't be downloaded: {error!r}")
+    bar.close()
     return path.exists()
 
 
