@@ -586,7 +586,7 @@ def find_dataset(args):
         shards = [path for path in paths if path.stem.startswith(domain)]
         shards = [path for path in shards if not path.stem.endswith("-val")]
         if not shards:
-            fail(f"--dataset-dir {args.dataset_dir} holds {names}: none is {name}.npz or its shard")
+            fail(f"--dataset-dir {args.dataset_dir}: no {domain}*.npz among {names}")
         return [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
@@ -840,7 +840,8 @@ class RunLog:
         """Add new rows to a file, which is written whole. Its columns are those of the last row."""
         self.rows[name] += rows
         for row in rows:
-            words = " ".join(f"{key} {in_short(value)}" for key, value in row.items())
+            # But for the last column: it is a time, and the bar shows the speed.
+            words = " ".join(f"{key} {in_short(row[key])}" for key in list(row)[:-1])
             tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
             if self.tracker:
                 self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])

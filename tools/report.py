@@ -544,7 +544,7 @@ def table_of_tasks(results):
         name = results.names[key]
         steps, table = common_table(by_seed(key, evaluations))
         if not steps:
-            rows.append((key.task, name, "none", "", "", "", key.setting))
+            rows.append((key.task, name, "none", "", "", "", "", key.setting))
             continue
         last = table[-1]
         text = f"{last.mean():.2f}"
@@ -553,9 +553,11 @@ def table_of_tasks(results):
         seeds = ", ".join(f"{score:.2f}" for score in last)
         behavior = by_seed(key, evaluations, behavior=True)
         flows = [f"{list(values.values())[-1]:.2f}" for values in behavior.values()]
+        ends = [line for line in evaluations if line["step"] == steps[-1]]
+        returns = [line["return"] for line in ends if line["phase"] != "behavior"]
         row = (key.task, name, f"{steps[-1]:,}", text, seeds, ", ".join(flows))
-        rows.append((*row, key.setting))
-    header = ("task", "method", "step", "success", "seeds", "behavior flow", "setting")
+        rows.append((*row, f"{np.mean(returns):.4g}", key.setting))
+    header = ("task", "method", "step", "success", "seeds", "behavior flow", "return", "setting")
     return markdown_table(header, rows)
 
 
