@@ -350,6 +350,7 @@ def bandit_base(num_steps):
     return epsilon
 
 
+@pytest.mark.slow
 def test_bandit_converges_to_the_chain_times_exp_q():
     """A network added to the analytic base, N = 10, inv_temp 1: samples against p_chain exp(Q)."""
     num_steps = 10

@@ -131,6 +131,7 @@ def test_made_from_qam_offline_it_is_qam_offline_to_online(online_scripts):
     assert text == (ROOT / "qam_offline_to_online.py").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["edited", pytest.param("baselines/fql.py", marks=pytest.mark.slow)]
 )

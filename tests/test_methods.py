@@ -516,6 +516,7 @@ def test_lambda_keeps_its_bounds_and_a_wild_batch_counts_as_twice_the_budget():
     assert float(high["lambda"]) == 100
 
 
+@pytest.mark.slow
 def test_pretraining_is_imitation_alone_and_its_end_a_fresh_start():
     case = case_of("trqam")
     args = trqam.Args(**{**vars(case.args), "pretrain_steps": 3})

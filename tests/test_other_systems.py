@@ -28,10 +28,11 @@ for module, names in missing.items():
     "script, flags, steps",
     [
         ("qam_offline.py", "--offline-steps 3000 --eval-every 3000", 3000),
-        (
+        pytest.param(
             "qam_offline_to_online.py",
             "--offline-steps 1000 --online-steps 200 --start-training 40 --eval-every 600",
             1000 + 160 - 4,
+            marks=pytest.mark.slow,
         ),
     ],
 )

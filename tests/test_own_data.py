@@ -117,6 +117,7 @@ def test_data_are_what_the_page_says(pendulum):
     np.testing.assert_array_equal(data["next_observations"][:-1][inside], following[inside])
 
 
+@pytest.mark.slow
 def test_its_policy_beats_its_data(pendulum):
     """The page's command, but shorter: the bound of 2 is rescaled, and the return counts."""
     flags = "--hidden-dims 64 64 --num-critics 2 --flow-steps 5 --tau 0.02 --learning-rate 1e-3"

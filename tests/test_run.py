@@ -97,6 +97,7 @@ def test_seeds_side_by_side_are_the_seeds_alone(finished_run, dataset_dir, tmp_p
         assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_shards_take_turns(finished_run, dataset_dir, tmp_path):
     """For 20 steps each: at first as with that one alone; and the same when resumed in a turn."""
     whole = dict(np.load(dataset_dir / f"{DOMAIN}-v0.npz"))

@@ -110,6 +110,7 @@ def test_a_plan_that_can_not_be_is_refused(tmp_path, words, says):
     assert not (tmp_path / "jobs.csv").exists()
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with(dataset_dir, tmp_path, uninterrupted):
     """Ctrl-C, the same command again: the same run to the bit. A job that fails stops no other."""
     jobs = plan(tmp_path, dataset_dir)
@@ -143,6 +144,7 @@ def test_stopped_and_gone_on_with(dataset_dir, tmp_path, uninterrupted):
     assert (tmp_path / "logs/00000.log").stat().st_size == before
 
 
+@pytest.mark.slow
 def test_a_job_is_not_run_twice_and_a_silent_one_is_stale(dataset_dir, tmp_path):
     plan(tmp_path, dataset_dir, seeds=1)
     line = [sys.executable, SWEEP, "job", tmp_path, "0"]
