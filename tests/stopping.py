@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 # Pointmaze episodes take 1000 steps: an episode and a half, with the updates of both phases.
 BOTH_PHASES = (
     "--offline-steps 2000 --online-steps 1500 --start-training 40 "
-    "--log-every 100 --eval-every 1000 --checkpoint-minutes 0 --eval-episodes 1 --eval-envs 1"
+    "--log-every 100 --eval-every 1000 --checkpoint-minutes 0.002 --eval-episodes 1 --eval-envs 1"
 ).split()
 
 

@@ -8,7 +8,7 @@ from conftest import command, folder_of, read_rows, read_states, resume
 # The checkpoint grows by 36 bytes per online step, from 20 kB to 70 kB.
 FLAGS = (
     "--hidden-dims 8 --offline-steps 20 --online-steps 1500 --start-training 1400 "
-    "--eval-every 5000 --eval-episodes 1 --eval-envs 1 --checkpoint-minutes 0"
+    "--eval-every 5000 --eval-episodes 1 --eval-envs 1 --checkpoint-minutes 0.002"
 ).split()
 KIBIBYTES = 30
 

@@ -156,7 +156,7 @@ def test_rlpd_runs_online_alone(online_scripts, dataset_dir, tmp_path):
     """From its first step, half of each batch from the data; and stopped and gone on with."""
     script = online_scripts["baselines/rlpd.py"]
     flags = "--offline-steps 0 --balanced-sampling --bc-alpha 0.1 --online-steps 300"
-    flags += " --start-training 40 --eval-every 150 --log-every 100 --checkpoint-minutes 0"
+    flags += " --start-training 40 --eval-every 150 --log-every 100 --checkpoint-minutes 0.002"
     run_dir = tmp_path / "runs"
     process = start(script, dataset_dir, run_dir, *flags.split())
     wait_for(has_online_rows, run_dir, process)
@@ -177,7 +177,7 @@ def test_killed_in_either_phase(online_scripts, dataset_dir, tmp_path):
     """TRQAM's lambda and its average are part of the state; while pretraining, they stand still."""
     script = online_scripts["variants/trqam.py"]
     flags = "--pretrain-steps 400 --offline-steps 1600 --online-steps 900 --start-training 40"
-    flags += " --log-every 100 --eval-every 800 --checkpoint-minutes 0 --eval-episodes 1"
+    flags += " --log-every 100 --eval-every 800 --checkpoint-minutes 0.002 --eval-episodes 1"
     flags = [*flags.split(), "--eval-envs", "1", "--kl-budget", "0.1"]
     done = run(script, dataset_dir, tmp_path / "never_killed", *flags)
     assert done.returncode == 0, done.stderr

@@ -219,7 +219,10 @@ def test_time_limit_ends_the_chunk_and_keeps_the_bootstrap():
 
 # -------------------------------------------------------------------------------------- real runs
 
-FLAGS = "--online-steps 1500 --start-training 40 --eval-every 500 --log-every 100".split()
+FLAGS = (
+    "--online-steps 1500 --start-training 40 --eval-every 500 --log-every 100 "
+    "--checkpoint-minutes 1"
+).split()
 
 
 @pytest.fixture(scope="module")

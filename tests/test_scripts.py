@@ -90,8 +90,9 @@ def test_metrics_of_both_seeds(script, folder_for):
     assert metrics[2]["critic_loss"] != metrics[3]["critic_loss"]
 
 
-def check_scores(scored):
+def test_evaluate_scores_runs_as_they_did(folder_for):
     """All in one call, by another number of processes."""
+    scored = [folder_for("qam_diffusion_variant.py"), folder_for("baselines/ifql.py")]
     printed = scores_printed(evaluate(*scored), "policy")
     rows = []
     for folder in scored:
@@ -99,15 +100,6 @@ def check_scores(scored):
     assert len(printed) == len(rows) == 2 * len(scored)
     for scores, row in zip(printed, rows, strict=True):
         assert scores.items() <= row.items()
-
-
-def test_evaluate_scores_runs_as_they_did(folder_for):
-    check_scores([folder_for("qam_diffusion_variant.py"), folder_for("baselines/ifql.py")])
-
-
-@pytest.mark.slow
-def test_evaluate_scores_the_runs_of_all_scripts_as_they_did(folder_for):
-    check_scores([folder_for(script) for script in SCRIPTS])
 
 
 def test_evaluate_scores_the_behavior_flow(folder_for):
