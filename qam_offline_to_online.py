@@ -1040,7 +1040,7 @@ def of_seed(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def over_seeds(function, num_seeds):
+def jit_over_seeds(function, num_seeds):
     """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
 
     def for_all(states, *rest):
@@ -1071,7 +1071,7 @@ def check_finite(args, metrics, step):
 def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
     """The offline phase: the states at its end, or where a stop was asked for; saved."""
     # The number of updates is traced, so that one program serves all.
-    train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
+    train = jit_over_seeds(partial(train_steps, args, networks), args.num_seeds)
     step = int(states.step[0])
     saved_at = time.monotonic()
     while not stop_signals:
@@ -1185,7 +1185,7 @@ def jit_updates(args, networks, num_updates, num_data):
     def train(state, buffer, num_online):
         return train_steps(args, networks, state, buffer, num_updates, num_data, num_online)
 
-    return over_seeds(train, args.num_seeds)
+    return jit_over_seeds(train, args.num_seeds)
 
 
 def save_online(args, log, states, metrics, buffer, num_data, num_online):

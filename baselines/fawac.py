@@ -850,7 +850,7 @@ def of_seed(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def over_seeds(function, num_seeds):
+def jit_over_seeds(function, num_seeds):
     """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
 
     def for_all(states, *rest):
@@ -881,7 +881,7 @@ def check_finite(args, metrics, step):
 def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
     """The offline phase: the states at its end, or where a stop was asked for; saved."""
     # The number of updates is traced, so that one program serves all.
-    train = over_seeds(partial(train_steps, args, networks), args.num_seeds)
+    train = jit_over_seeds(partial(train_steps, args, networks), args.num_seeds)
     step = int(states.step[0])
     saved_at = time.monotonic()
     while not stop_signals:

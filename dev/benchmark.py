@@ -169,7 +169,7 @@ class Updates:
         seeds = np.arange(args.seed, args.seed + args.num_seeds)
         init = partial(script.init_state, args, networks, *dims)
         self.states = jax.jit(jax.vmap(init))(jax.vmap(jax.random.key)(seeds))
-        train = script.over_seeds(partial(script.train_steps, args, networks), args.num_seeds)
+        train = script.jit_over_seeds(partial(script.train_steps, args, networks), args.num_seeds)
         lowered = train.lower(self.states, dataset, 0)
         started = time.perf_counter()
         self.train = lowered.compile()
