@@ -113,26 +113,20 @@ def steps_done(record, states):
 
 
 def make_behavior_act(script, args, networks):
-    """As the script's act_in_episodes, for the behavior flow with one noise per chunk."""
+    """As the script's sample_actions, for the behavior flow with one noise per chunk."""
 
-    def act_alone(params, observation, episode, chunk, key):
-        key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-
+    def act(params, observations, key):
         def behavior(x, t):
-            return networks.behavior.apply({"params": params["behavior"]}, observation[None], x, t)
+            return networks.behavior.apply({"params": params["behavior"]}, observations, x, t)
 
+        shape = (len(observations), networks.chunk_dim)
         if hasattr(args, "diffusion_steps"):
-            noise = jax.random.normal(key, (args.diffusion_steps, 1, networks.chunk_dim))
+            noise = jax.random.normal(key, (args.diffusion_steps, *shape))
             actions = script.sample_ancestral(behavior, behavior, noise[0], noise[1:])[-1]
         else:
-            noise = jax.random.normal(key, (1, networks.chunk_dim))
+            noise = jax.random.normal(key, shape)
             actions = script.sample_ode(behavior, noise, args.flow_steps)
-        return jnp.clip(actions[0], -1, 1)
-
-    act_in_all = jax.vmap(act_alone, in_axes=(None, 0, 0, None, None))
-
-    def act(params, observations, chunk, key):
-        return act_in_all(params, observations, jnp.arange(len(observations)), chunk, key)
+        return jnp.clip(actions, -1, 1)
 
     return jax.jit(act)
 
@@ -181,7 +175,7 @@ def record_episode(env, act, params, key, episode, num_rows, num_steps):
     chunk = 0
     while True:
         observations[episode] = observation
-        actions = np.asarray(act(params, observations, chunk, key))[episode]
+        actions = np.asarray(act(params, observations, jax.random.fold_in(key, chunk)))[episode]
         for action in actions.reshape(action_shape):
             observation, _, terminated, truncated, _ = env.step(action)
             frames.append(render(env))
@@ -205,7 +199,7 @@ def score(args, run):
     dims = env.observation_space.shape + env.env.action_space.shape  # O, A
     networks = script.make_networks(run_args, *dims)
     who = "policy"
-    act = jax.jit(partial(script.act_in_episodes, run_args, networks))
+    act = jax.jit(partial(script.sample_actions, run_args, networks))
     if args.behavior:
         who = "behavior"
         if "behavior" not in states["params"]:
