@@ -765,19 +765,6 @@ def start_eval_envs(args):
     return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
 
 
-def act_in_episodes(args, networks, params, observations, chunk, key):
-    """Observations (N, O) of N episodes -> chunks of actions (N, H*A).
-
-    The noise of a row depends on its number and on how many chunks were executed before.
-    """
-
-    def act(observation, episode):
-        noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-        return sample_actions(args, networks, params, observation[None], noise_key)[0]
-
-    return jax.vmap(act)(observations, jnp.arange(len(observations)))
-
-
 def evaluate(args, act, params, envs, key):
     """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
 
