@@ -1237,7 +1237,7 @@ def main(args):
         if step < last or log.evaluation_is_due(step, args.eval_every, last):
             print(f"going on at step {step}: compiling (about 20 s)")
             envs = start_eval_envs(args)
-            act = jax.jit(partial(act_in_episodes, args, networks))
+            act = jax.jit(partial(sample_actions, args, networks))
             both = (args, networks, states, env, paths, dataset, act, envs, log)
             train_both(*both, online)
     except (EOFError, ConnectionError) as error:
