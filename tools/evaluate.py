@@ -6,7 +6,8 @@ own evaluations, and the score does not depend on the number of processes.
 
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
-the run's folder; that needs `pip install "imageio[ffmpeg]"`.
+the run's folder, 400 pixels wide for OGBench, and says in the name who acts and whether it succeeds;
+that needs `pip install "imageio[ffmpeg]"`.
 """
 
 import csv
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Annotated
 
 import flax
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +197,10 @@ def score(args, run):
     run_args = script_args(script, record, args)
     states = read_checkpoint(args.checkpoint or run / "checkpoint.msgpack")
     step = steps_done(record, states)
+    domain, environment_id, _ = script.parse_env_id(run_args.env_id)
+    if args.video and domain:
+        # OGBench's own are 200 pixels; other environments may not take a size.
+        gymnasium.spec(environment_id).kwargs.update(width=400, height=400)
     env = script.ChunkedEpisode(run_args)
     dims = env.observation_space.shape + env.env.action_space.shape  # O, A
     networks = script.make_networks(run_args, *dims)
@@ -226,8 +232,9 @@ def score(args, run):
         for episode in range(min(args.video, run_args.eval_episodes)):
             num_rows = run_args.eval_episodes
             frames = record_episode(env, act, params, key, episode, num_rows, args.video_steps)
-            path = run / "videos" / f"{who}_step_{step}_seed_{seed}_{episode}.mp4"
-            write_video(path, frames)
+            end = "success" if env.scores[0] > 0 else "no_success"
+            name = f"{who}_step_{step}_seed_{seed}_episode_{episode}_{end}.mp4"
+            write_video(run / "videos" / name, frames)
     envs.close(terminate=True)
     if args.behavior:
         write_rows(run / "behavior.csv", rows)
