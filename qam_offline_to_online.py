@@ -523,8 +523,9 @@ DOMAINS = {
 }
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 0.5, 1.0, 1.0]}
-# Whole numbers are at least 1, but for these. (Some are of other scripts.)
-MAY_BE_0 = ("seed", "offline_steps", "pretrain_steps", "start_training")
+# Numbers are above 0, but for these. (Some are of other scripts.)
+MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
+MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha"
 
 
 def paper_values(args):
@@ -608,12 +609,14 @@ def find_dataset(args):
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
-    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    with or_fail("--dataset-dir is needed, for there is no home folder"):
+        folder = Path("~/.ogbench").expanduser()
+    official = folder / f"data/{name}.npz"
+    collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
         print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-        for folder in Path(__file__).resolve().parents[:2]:
-            for tool in folder.glob("tools/collect_dataset.py"):
+        for here in Path(__file__).resolve().parents[:2]:
+            for tool in here.glob("tools/collect_dataset.py"):
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():

@@ -297,10 +297,10 @@ def test_offline_checkpoint_of_an_unfinished_run(finished_run, dataset_dir, tmp_
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--online-steps 0", "--online-steps must be at least 1"),
-        ("--offline-steps -1", "--offline-steps must be at least 0"),
-        ("--utd-ratio 0", "--utd-ratio must be at least 1"),
-        ("--start-training -1", "--start-training must be at least 0"),
+        ("--online-steps 0", "--online-steps must be positive"),
+        ("--offline-steps -1", "--offline-steps must be positive"),
+        ("--utd-ratio 0", "--utd-ratio must be positive"),
+        ("--start-training -1", "--start-training must be positive"),
         ("--offline-checkpoint /nowhere", "/nowhere"),
     ],
 )

@@ -6,8 +6,8 @@ own evaluations, and the score does not depend on the number of processes.
 
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
-the run's folder, 400 pixels wide for OGBench, and says in the name who acts and whether it succeeds;
-that needs `pip install "imageio[ffmpeg]"`.
+the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds. It
+needs `pip install "imageio[ffmpeg]"`.
 """
 
 import csv
