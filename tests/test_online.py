@@ -277,7 +277,7 @@ def test_from_an_offline_checkpoint_it_ends_as_with_its_own_offline_phase(
 def test_offline_checkpoint_that_does_not_fit(finished_run, tmp_path, capsys):
     source = str(finished_run)
     flags = ("--offline-checkpoint", source)
-    assert "another tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
+    assert "has tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
     args = parse(qam, *flags, "--seed", "5")
     assert "no seed 5" in refusal(capsys, qam.restore_run, args, None, source)
 
