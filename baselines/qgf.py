@@ -1,0 +1,972 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.6", "flax>=0.10.4", "optax>=0.2.5", "gymnasium>=1.1", "ogbench>=1.2",
+#     "tyro>=1.0.16", "wandb>=0.19", "numpy>=2.0", "tqdm>=4.66"]
+#
+# [tool.uv]
+# override-dependencies = ["labmaze; python_version < '3.13'"]
+# ///
+"""Q-guided flow (QGF).
+
+Offline, from a fixed dataset alone: python THIS_FILE --env-id cube-double-play
+
+QGF (arXiv 2606.11087) learns what IFQL (baselines/ifql.py) learns, and acts otherwise. A flow
+imitates the data and never sees Q: it turns noise x_0 into a chunk of H actions x_T, in T Euler
+steps of h = 1 / T along a velocity v(s, x, t). A value V learns what the better part of the data's
+actions are worth. When the flow is sampled, the gradient of Q, where a straight line along v would
+end, is added to v. The guidance acts only, so one run serves every --guidance-weight.
+
+(1) critic     y = R + discount^H m V(s');   L_Q = mean (Q_k(s, a) - y)^2
+(2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v(s, x_t, t) - (a - x_0))^2
+(3) sampling   x_{i+1} = x_i + h w(x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
+(4) value      u = mean_K Q'(s, a) - rho std_K Q'(s, a)
+               L_V = mean w (u - V(s))^2,   w = kappa where u >= V(s), else 1 - kappa
+(5) guidance   w(x, t) = v(s, x, t) + guidance_weight grad_a mean_K Q'(s, a)
+               at a = clip(x + (1 - t) v(s, x, t))
+
+Q': target copy. R: discounted reward of the chunk; s': observation after it; m: 0 if the chunk
+solves the task, else 1. (1) and (2) leave out chunks that run over the end of an episode; (4) does
+not. V learns from (4) alone. As kappa goes to 1, V goes to the highest u in the data. The gradient
+of (5) is not carried back from a to x.
+
+"Choice:" marks what the paper leaves open.
+Shapes: B batch, O observation, A action, H horizon, D = H A, K critics, T steps, N transitions.
+
+Nearest: baselines/ifql.py.
+
+Differs from qam_offline.py: OWN, Args, Networks, make_networks, policy_actions, sample_actions,
+critic_loss, policy_loss, init_state.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+import warnings
+import zipfile
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ogbench
+import optax
+import tyro
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    """Train a policy on a dataset. A setting that is None takes the value named beside it, if any.
+
+    On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
+    --num-critics 2 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
+    """
+
+    env_id: str = "cube-double-play"  # OGBench's domain (and -task1 to 5), or any Gymnasium id
+    seed: int = 1  # of the first (or only) run
+    num_seeds: int = 1  # trains seed, seed + 1, .. side by side in this process
+    batch_size: int = 256  # action chunks per gradient step
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
+    num_critics: int = 10  # critics in the ensemble
+    horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
+    flow_steps: int = 10  # steps from noise to action
+    discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
+    tau: float = 0.005  # target-update rate
+    rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
+    learning_rate: float = 3e-4  # of Adam
+    max_grad_norm: float = 1e12  # limit on the joint gradient's norm: none
+    best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
+    sparse: bool | None = None  # rewards that are not 0 become -1: True for scene and puzzle
+
+    kappa: float | None = None  # the expectile, from 0 to 1: IFQL's are 0.7 to 0.95
+    guidance_weight: float | None = None  # of Q's gradient in acting: the paper's are 0.004 to 0.12
+
+    dataset_replace_every: int = 1_000  # gradient steps on one file of a dataset in several
+    # A resumed run may change what follows: the state after n updates does not depend on it.
+    offline_steps: int = 1_000_000  # gradient steps
+    eval_every: int | None = None  # steps between evaluations: a twentieth of all
+    eval_episodes: int = 50  # episodes per evaluation
+    eval_envs: int = 4  # environment processes; does not change the score
+    log_every: int | None = None  # steps between rows of metrics.csv: a two-hundredth of all
+    checkpoint_minutes: float = 5.0  # between checkpoints; 0: after each dispatch of updates
+    dataset_dir: str | None = None  # folder of the dataset's npz file or files
+    run_dir: str = "runs"  # folder in which the run makes its own
+    resume: str | None = None  # folder of the run to go on with
+    track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works without an account)
+    wandb_project: str = "qam"  # project there
+
+    def __post_init__(self):
+        resolve_args(self)
+
+
+# -------------------------------------------------------------------------------------- networks
+class MLP(nn.Module):
+    """Dense -> GELU (-> LayerNorm) for each hidden layer, then Dense. (..., I) -> (..., output)."""
+
+    hidden_dims: tuple[int, ...]
+    output_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        dense = partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+        for width in self.hidden_dims:
+            x = nn.gelu(dense(width)(x), approximate=True)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return dense(self.output_dim)(x)
+
+
+class VelocityField(nn.Module):
+    """v(s, x, t): (..., O), (..., D), (..., 1) or a number -> (..., D)."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int  # D
+
+    @nn.compact
+    def __call__(self, observations, x, t):
+        mlp = MLP(self.hidden_dims, self.action_dim)
+        nn.share_scope(self, mlp)  # parameters are named Dense_0, .., not MLP_0/Dense_0, ..
+        # (B, O) observations serve all T steps of (T, B, D) states, and a number all rows.
+        observations = jnp.broadcast_to(observations, (*x.shape[:-1], observations.shape[-1]))
+        t = jnp.broadcast_to(t, (*x.shape[:-1], 1))
+        return mlp(jnp.concatenate([observations, x, t], axis=-1))
+
+
+class Critic(nn.Module):
+    """K critics Q_k(s, a): (..., O), (..., D) -> (K, ...)."""
+
+    hidden_dims: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        ensemble = nn.vmap(
+            MLP,
+            variable_axes={"params": 0},  # every parameter has a leading axis K
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.num_critics,
+        )
+        mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
+        nn.share_scope(self, mlp)  # as above
+        q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
+        return q[..., 0]
+
+
+class Value(nn.Module):
+    """V(s): (..., O) -> (...)."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations):
+        mlp = MLP(self.hidden_dims, 1, layer_norm=True)
+        nn.share_scope(self, mlp)  # Dense_0, Dense_1, .. again
+        return mlp(observations)[..., 0]
+
+
+class Networks(NamedTuple):
+    critic: Critic
+    value: Value
+    behavior: VelocityField  # imitates the data
+    chunk_dim: int  # D
+
+
+def make_networks(args, observation_dim, action_dim):
+    """The modules; `action_dim` is A, of one action. (O they learn from their first input.)"""
+    chunk_dim = args.horizon * action_dim
+    flow = VelocityField(args.hidden_dims, chunk_dim)
+    critic = Critic(args.hidden_dims, args.num_critics)
+    return Networks(critic, Value(args.hidden_dims), flow, chunk_dim)
+
+
+# ------------------------------------------------------------------------------ flow and adjoint
+def sample_ode(velocity, x0, num_steps):
+    """Equation (3), not clipped: noise x0 (..., D) -> action chunks (..., D)."""
+    h = 1 / num_steps
+
+    def step(x, t):
+        t = jnp.full_like(x[..., :1], t)  # (..., 1)
+        return x + h * velocity(x, t), None
+
+    # Unrolled, up to 10 steps are one piece of work to XLA: see docs/performance.md.
+    x, _ = jax.lax.scan(step, x0, jnp.arange(num_steps) * h, unroll=10)
+    return x
+
+
+def guide_by_end(args, velocity, q):
+    """w of (5), from v (x, t) -> (..., D) and q (..., D) -> (K, ...) at the same s."""
+
+    def total_value(actions):
+        return q(actions).mean(axis=0).sum()
+
+    def guided(x, t):
+        v = velocity(x, t)
+        end = jnp.clip(x + (1 - t) * v, -1, 1)  # (..., D)
+        return v + args.guidance_weight * jax.grad(total_value)(end)
+
+    return guided
+
+
+def policy_actions(args, networks, params, observations, noise):
+    """The guided flow, by (3): observations (..., O), noise (..., D) -> (..., D) in [-1, 1].
+
+    Without "target" in params, Q itself guides.
+    """
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+    fixed = {"params": params.get("target", params)["critic"]}
+    target_q = partial(networks.critic.apply, fixed, observations)
+    velocity = guide_by_end(args, v_behavior, target_q)
+    return jnp.clip(sample_ode(velocity, noise, args.flow_steps), -1, 1)
+
+
+def sample_actions(args, networks, params, observations, key):
+    """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by min Q.
+
+    `params`: of a TrainState, and its target_params under "target", for methods that act by these.
+    """
+    noise = jax.random.normal(key, (args.best_of_n, len(observations), networks.chunk_dim))
+    observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
+    actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
+    if args.best_of_n == 1:
+        return actions[0]
+    q = networks.critic.apply({"params": params["critic"]}, observations, actions)  # (K, n, B)
+    best = q.min(axis=0).argmax(axis=0)  # (B,)
+    return actions[best, jnp.arange(len(best))]
+
+
+# ------------------------------------------------------------------------------ batch and losses
+class Dataset(NamedTuple):
+    observations: Any  # (N, O)
+    actions: Any  # (N, A)
+    rewards: Any  # (N,) in OGBench -1 until the task is solved; cubes: minus the number misplaced
+    masks: Any  # (N,) 0 where the task is solved: no bootstrap
+    terminals: Any  # (N,) 1 at the last transition of an episode
+    next_observations: Any  # (N, O)
+
+
+class Batch(NamedTuple):
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, H*A)
+    rewards: jax.Array  # (B,) discounted sum over the chunk
+    masks: jax.Array  # (B,) 0 if the task is solved in the chunk: no bootstrap
+    valid: jax.Array  # (B,) 1 if the whole chunk lies in one episode
+    next_observations: jax.Array  # (B, O)
+
+
+def gather_chunks(dataset, indices, horizon, discount):
+    """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
+
+    Where an episode ends in a chunk, `valid` is 0, and rewards and next observation stop there.
+    """
+    steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
+    ends = dataset.terminals[steps]
+    inside = (jnp.cumsum(ends, axis=1) - ends) == 0  # (B, H) no episode has ended before that step
+    last = indices + inside.sum(axis=1) - 1  # (B,) last valid step
+    discounts = discount ** jnp.arange(horizon)
+    return Batch(
+        observations=dataset.observations[indices],
+        actions=dataset.actions[steps].reshape(len(indices), -1),
+        rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
+        masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
+        valid=inside[:, -1].astype(jnp.float32),
+        next_observations=dataset.next_observations[last],
+    )
+
+
+def td_target(rewards, masks, next_q, discount_h, rho):
+    """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
+    pessimistic = next_q.mean(axis=0) - rho * next_q.std(axis=0)
+    return rewards + discount_h * masks * pessimistic
+
+
+def critic_loss(args, networks, params, target_params, batch, key):
+    """Equation (1): (loss, metrics)."""
+    next_v = networks.value.apply({"params": params["value"]}, batch.next_observations)  # (B,)
+    next_q = jax.lax.stop_gradient(next_v)[None]  # (1, B): no spread, and rho says nothing
+    y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
+    q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
+    # `valid` leaves out chunks that run over the end of an episode. The mean divides by K B, not by
+    # the number of valid chunks, so that a chunk weighs the same in every batch.
+    loss = jnp.mean(batch.valid * (q - y) ** 2)
+    return loss, {"critic_loss": loss, "q_mean": q.mean()}
+
+
+def flow_matching_loss(velocity, actions, valid, x0, t):
+    """Equation (2): actions (B, D), valid (B,), x0 (B, D) noise, t (B, 1) -> scalar."""
+    x_t = (1 - t) * x0 + t * actions
+    error = velocity(x_t, t) - (actions - x0)
+    return jnp.mean(valid * jnp.mean(error**2, axis=-1))
+
+
+def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
+    """All losses but the critic's, equations (2), (4): (loss, metrics).
+
+    q and target_q map (s, a) to (K, B) and are held constant; QGF uses target_q alone.
+    """
+    key_x0, key_t = jax.random.split(key)
+    observations = batch.observations
+    shape = batch.actions.shape  # (B, D)
+    v_behavior = partial(networks.behavior.apply, {"params": params["behavior"]}, observations)
+
+    # Behavior: flow matching.
+    x0 = jax.random.normal(key_x0, shape)
+    t = jax.random.uniform(key_t, (len(x0), 1))
+    behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
+
+    # Value: expectile regression.
+    data_q = target_q(observations, batch.actions)  # (K, B)
+    pessimistic = data_q.mean(axis=0) - args.rho * data_q.std(axis=0)  # u (B,)
+    value = networks.value.apply({"params": params["value"]}, observations)  # (B,)
+    error = pessimistic - value
+    weight = jnp.where(error >= 0, args.kappa, 1 - args.kappa)
+    value_loss = jnp.mean(weight * error**2)
+
+    metrics = {"flow_loss": behavior_loss, "value_loss": value_loss, "value": value.mean()}
+    return behavior_loss + value_loss, metrics
+
+
+# ------------------------------------------------------------------------------ state and update
+class TrainState(NamedTuple):
+    params: dict  # by network
+    target_params: dict  # of those networks that have a target copy
+    opt_state: Any
+    step: jax.Array  # () gradient steps taken
+    key: jax.Array  # () never changes; step n draws with fold_in(key, n)
+
+
+def make_optimizer(args):
+    """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return optax.chain(clip, optax.adam(args.learning_rate))
+
+
+def init_state(args, networks, observation_dim, action_dim, key):
+    """A TrainState of fresh parameters; `action_dim` is A. Targets start as copies."""
+    observations = jnp.zeros((1, observation_dim))
+    actions = jnp.zeros((1, args.horizon * action_dim))
+    key, key_critic, key_value, key_behavior = jax.random.split(key, 4)
+    params = {
+        "critic": networks.critic.init(key_critic, observations, actions)["params"],
+        "value": networks.value.init(key_value, observations)["params"],
+        "behavior": networks.behavior.init(key_behavior, observations, actions, 0.0)["params"],
+    }
+    copied = {"critic": params["critic"]}
+    target_params = jax.tree.map(jnp.copy, copied)
+    opt_state = make_optimizer(args).init(params)
+    return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
+
+
+def update(args, networks, state, batch, key):
+    """One gradient step on the sum of all losses: (state, metrics)."""
+    key_critic, key_policy = jax.random.split(key)
+    target_params = state.target_params
+    q = partial(networks.critic.apply, {"params": state.params["critic"]})
+    target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
+
+    def total_loss(params):
+        shared = (args, networks, params, target_params, batch)
+        loss_q, metrics_q = critic_loss(*shared, key_critic)
+        loss_pi, metrics_pi = policy_loss(*shared, q, target_q, key_policy)
+        return loss_q + loss_pi, {**metrics_q, **metrics_pi}
+
+    grads, metrics = jax.grad(total_loss, has_aux=True)(state.params)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    updates, opt_state = make_optimizer(args).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # As in the paper's code, targets move towards the parameters from before this step.
+    old_params = {name: state.params[name] for name in target_params}
+    target_params = optax.incremental_update(old_params, target_params, args.tau)
+    return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
+
+
+def train_steps(args, networks, state, dataset, num_steps):
+    """`num_steps` updates in one dispatch: (state, metrics of the last update)."""
+
+    def one_update(_, carry):
+        state, _ = carry
+        key_indices, key_update = jax.random.split(jax.random.fold_in(state.key, state.step))
+        num_starts = len(dataset.rewards) - args.horizon + 1
+        indices = jax.random.randint(key_indices, (args.batch_size,), 0, num_starts)
+        batch = gather_chunks(dataset, indices, args.horizon, args.discount)
+        return update(args, networks, state, batch, key_update)
+
+    # The loop has to begin with metrics of the right shapes.
+    _, shapes = jax.eval_shape(one_update, 0, (state, None))
+    metrics = jax.tree.map(jnp.zeros_like, shapes)
+    return jax.lax.fori_loop(0, num_steps, one_update, (state, metrics))
+
+
+# ============================================================== nothing below is about the method
+# What follows is the same in every script, but for the coefficients in OWN.
+
+# Horizon, discount, rho, sparse, in the first row whose name a domain begins with. Choice: the last
+# three rows, for what the paper does not have.
+DOMAINS = {
+    "cube-double-play": (5, 0.99, 0.5, False),
+    "cube-triple-play": (5, 0.99, 0.5, False),
+    "cube-quadruple-play": (5, 0.99, 0.5, False),
+    "scene-play": (5, 0.99, 0.5, True),
+    "puzzle-3x3-play": (5, 0.99, 0.5, True),
+    "puzzle-4x4-play": (5, 0.99, 0.5, True),
+    "antmaze-large-navigate": (1, 0.99, 0.5, False),
+    "antmaze-giant-navigate": (1, 0.995, 0.5, False),
+    "humanoidmaze-medium-navigate": (1, 0.995, 0.0, False),
+    "humanoidmaze-large-navigate": (1, 0.995, 0.0, False),
+    "pointmaze": (10, 0.99, 0.5, False),
+    "cube|scene|puzzle": (5, 0.99, 0.5, False),
+    "": (1, 0.99, 0.5, False),
+}
+# This method's coefficients, in the order of DOMAINS. Choice: kappa is IFQL's, and the weight lies
+# among those that the paper tried, with other networks.
+OWN = {
+    "kappa": [0.9, 0.95, 0.95, 0.9, 0.95, 0.9, 0.9, 0.8, 0.7, 0.8, 0.95, 0.9, 0.9],
+    "guidance_weight": [0.02] * 13,
+}
+# Whole numbers are at least 1, but for these. (Some are of other scripts.)
+MAY_BE_0 = ("seed", "offline_steps", "pretrain_steps", "start_training")
+
+
+def paper_values(args):
+    """{flag: value} of the environment's domain, by the tables above."""
+    domain, _, _ = parse_env_id(args.env_id)
+    row = next(name for name in DOMAINS if re.match(name, domain))
+    values = dict(zip(("horizon", "discount", "rho", "sparse"), DOMAINS[row], strict=True))
+    for name, column in OWN.items():
+        values[name] = column[list(DOMAINS).index(row)]
+    return values
+
+
+def resolve_args(args):
+    """Fill in what is None; raises ValueError, which tyro prints. Makes paths absolute."""
+    values = paper_values(args)
+    # Choice: a short run is looked at as often as a long one.
+    values["eval_every"] = max(1, args.offline_steps // 20)
+    values["log_every"] = max(1, args.offline_steps // 200)
+    for name, value in vars(args).items():
+        if value is None:
+            value = values.get(name)
+        if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
+            value = os.path.abspath(os.path.expanduser(value))
+        setattr(args, name, value)
+        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
+        if isinstance(value, int | float) and not value >= least:  # nan is refused, too
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
+        raise ValueError("--hidden-dims and --learning-rate must be above 0, --seed below 2**32")
+    if max(args.discount, args.tau) > 1:
+        raise ValueError("--discount must be from 0 to 1, and --tau, too")
+
+
+# ------------------------------------------------------------------------- environment and data
+
+
+def parse_env_id(env_id):
+    """(OGBench's domain, gymnasium id, dataset name); ("", `env_id`, "") for other environments.
+
+    For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
+    """
+    pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
+    domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
+    name = domain.rpartition("-")[0]  # without the kind of data: play, navigate, ..
+    environment_id = f"{name}-singletask{task}-v0"
+    if environment_id in gymnasium.registry:
+        return domain, environment_id, f"{domain}{size}-v0"
+    return "", env_id, ""
+
+
+def make_env(args):
+    """The environment: observations (O,), actions (A,) in [-1, 1]."""
+    _, environment_id, _ = parse_env_id(args.env_id)
+    warnings.simplefilter("ignore")  # of missing displays and rounded bounds, in each process
+    sys.path.append(os.getcwd())  # where the module of my_module:MyEnv-v0 may be
+    with or_fail(f"--env-id {args.env_id} (OGBench has scene-play, scene-play-task1, ..)"):
+        env = gymnasium.make(environment_id)
+        # OGBench makes a fresh, unseeded Box at every access: one is pinned, so that seeding works.
+        type(env.unwrapped).action_space = env.action_space
+        if isinstance(env.observation_space, gymnasium.spaces.Dict):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        if len(env.observation_space.shape) != 1 or not env.env.action_space.is_bounded():
+            raise ValueError("observations must be vectors, actions bounded")
+    return env
+
+
+def find_dataset(args):
+    """The dataset's file, or its shards. Downloads or collects what is missing."""
+    domain, _, name = parse_env_id(args.env_id)
+    if args.dataset_dir:
+        folder = Path(args.dataset_dir)
+        paths = sorted(folder.glob(f"{domain}[!.]*.npz"))  # no hidden files
+        shards = [path for path in paths if not path.stem.endswith("-val")]
+        if not shards:
+            names = [path.name for path in folder.glob("*")]
+            fail(f"--dataset-dir {folder} has no {domain}*.npz, but {names}")
+        return [path for path in shards if path.stem == name] or shards
+    if not domain:
+        fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
+
+    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
+    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    if not official.exists() and not collected.exists() and not download(name, official):
+        print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
+        for folder in Path(__file__).resolve().parents[:2]:
+            for tool in folder.glob("tools/collect_dataset.py"):
+                subprocess.run([sys.executable, tool, name, "--episodes", "100"])
+    for path in (official, collected):
+        if path.exists():
+            return [path]
+    fail(f"no dataset: put {name}.npz into {official.parent} or run tools/collect_dataset.py")
+
+
+def download(name, path):
+    """Fetch the official file; it takes its name only if it has arrived whole."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(20)  # seconds without an answer
+    bar = tqdm(desc=f"downloading {name}.npz", unit="B", unit_scale=True)
+
+    def show(blocks, block_size, size):
+        bar.total = size
+        bar.update(blocks * block_size - bar.n)
+
+    try:
+        urllib.request.urlretrieve(f"{ogbench.utils.DATASET_URL}/{name}.npz", part, show)
+        zipfile.ZipFile(part).close()  # a page that asks for a password is no zip file
+        part.rename(path)
+    except Exception as error:  # of the network, the server, the disk or zipfile
+        part.unlink(missing_ok=True)
+        tqdm.write(f"{name}.npz can't be downloaded: {error!r}")
+    bar.close()
+    return path.exists()
+
+
+def load_dataset(args, path, env):
+    """A file as a Dataset of numpy arrays, float32; exits if it can't be used.
+
+    One that holds rewards is taken as it is. OGBench's don't: they are labelled for the task.
+    """
+    with or_fail(f"{path} can't be used for {args.env_id}"):
+        data = np.load(path)
+        if "rewards" not in data and parse_env_id(args.env_id)[0]:
+            data = ogbench.load_dataset(str(path), add_info=True)
+            ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+        data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
+        check_dataset(args, data, env)
+    if args.sparse:
+        data = data._replace(rewards=np.where(data.rewards != 0, np.float32(-1), np.float32(0)))
+    # As in the paper's code. Some methods invert a tanh here.
+    return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+
+
+def check_dataset(args, data, env):
+    """Raises ValueError for data that does not fit or is damaged."""
+    rows = len(data.actions)
+    observation = env.observation_space.shape
+    shapes = (observation, env.action_space.shape, (), (), (), observation)
+    for name, array, shape in zip(Dataset._fields, data, shapes, strict=True):
+        if array.shape != (rows, *shape):
+            raise ValueError(f"{name} has shape {array.shape}, not {(rows, *shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if rows < args.horizon or data.terminals[-1] != 1:
+        raise ValueError("terminals is not 1 in the last row, or has fewer rows than --horizon")
+    size = np.abs(data.actions)
+    if size.max() > 1 + 1e-3:
+        raise ValueError(f"actions: {np.mean(size > 1):.1%} are beyond 1, up to {size.max():g}")
+
+
+def load_shard(args, paths, step, env):
+    """The shard whose turn it is at a step, on the device."""
+    order = np.random.default_rng(args.seed).permutation(len(paths))
+    turn = step // args.dataset_replace_every % len(paths)
+    return jax.device_put(load_dataset(args, paths[order[turn]], env))
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+class ChunkedEpisode(gymnasium.Wrapper):
+    """An environment whose step executes a chunk, or nothing once the episode has ended."""
+
+    def __init__(self, args):
+        super().__init__(make_env(args))
+        if multiprocessing.parent_process():  # Ctrl-C in a terminal is for the main process alone
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def reset(self, *, seed, options=None):
+        # The episode depends on its seed alone: OGBench's resets draw from these two as well.
+        np.random.seed(seed)
+        self.unwrapped.action_space.seed(seed)
+        self.scores = np.zeros(3)  # success, return, length so far
+        self.ended = False
+        return self.env.reset(seed=seed)
+
+    def step(self, chunk):
+        for action in chunk.reshape(-1, *self.action_space.shape):
+            if not self.ended:
+                *self.last, info = self.env.step(action)
+                _, reward, terminated, truncated = self.last
+                self.ended = terminated or truncated
+                self.scores[0] = info.get("success", 0)  # at the last step, as OGBench counts it
+                self.scores[1] += reward
+                self.scores[2] += 1
+        return *self.last, {"scores": self.scores}
+
+
+def start_eval_envs(args):
+    """The processes that play the evaluation's episodes."""
+    envs = [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes)
+    autoreset = gymnasium.vector.AutoresetMode.DISABLED
+    # Spawned: a forked process would hold locks of JAX's threads.
+    return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
+
+
+def evaluate(args, act, params, envs, key):
+    """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
+
+    E processes play E episodes at a time. The policy always sees one row per episode of all, with
+    a noise for each: with another shape the noise would be another, and products would round in
+    another way. So the score does not depend on E.
+    """
+    results = np.zeros((args.eval_episodes, 3))  # success, return, length
+    observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        # What is over at the end is the first episodes again, with the same results.
+        rows = (first + np.arange(envs.num_envs)) % args.eval_episodes
+        observations[rows], _ = envs.reset(seed=rows.tolist())
+        ended = np.zeros(envs.num_envs, bool)
+        chunk = 0
+        while not ended.all() and not stop_signals:
+            actions = np.asarray(act(params, observations, jax.random.fold_in(key, chunk)))
+            observations[rows], _, terminated, truncated, info = envs.step(actions[rows])
+            ended = terminated | truncated
+            results[rows] = info["scores"]
+            chunk += 1
+    success, total, length = results.mean(axis=0)
+    return {"success_rate": success, "return": total, "length": length, "episodes": len(results)}
+
+
+def score(args, act, envs, states, step, phase, log):
+    """Evaluate each seed: rows of eval.csv. What a stop leaves unfinished is not kept."""
+    rows = []
+    for i in range(args.num_seeds):
+        started = time.perf_counter()
+        state = of_seed(states, i)
+        params = {**state.params, "target": state.target_params}
+        key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
+        row = {"step": step, "seed": args.seed + i, "phase": phase}
+        row.update(evaluate(args, act, params, envs, key))
+        row["wall_seconds"] = round(time.perf_counter() - started, 1)
+        rows.append(row)
+    if not stop_signals:
+        log.append("eval", rows)
+        log.bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+
+
+# ----------------------------------------------------------------------------------- run folder
+
+stop_signals = []  # numbers of the signals that asked the run to stop
+
+
+def fail(message):
+    """Print one sentence and exit with status 2: the user can put it right."""
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def or_fail(words):
+    """`with or_fail(words):` what goes wrong in the block is told in one sentence, by fail."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{words}: {error!r}")
+
+
+def how_to_resume(run_dir):
+    launcher = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else ["python"]
+    return "to go on: " + shlex.join([*launcher, sys.argv[0], "--resume", str(run_dir)])
+
+
+def write_file(path, content):
+    """Write a file so that it is there whole or not at all, whenever the process dies."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def save_checkpoint(run_dir, states):
+    """checkpoint.msgpack: all that is needed to go on."""
+    states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
+    write_file(run_dir / "checkpoint.msgpack", flax.serialization.to_bytes({"states": states}))
+
+
+def load_checkpoint(run_dir):
+    """{"states": nested dicts of numpy arrays, leading axis the seeds}; no code can be in it."""
+    path = Path(f"{run_dir}/checkpoint.msgpack")
+    with or_fail(f"{path} is not there yet, or damaged: start the run anew"):
+        return flax.serialization.msgpack_restore(path.read_bytes())
+
+
+def restore(states, checkpoint):
+    """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
+    states = flax.serialization.from_state_dict(states, checkpoint["states"])
+    return states._replace(key=jax.random.wrap_key_data(states.key, impl="threefry2x32"))
+
+
+def in_short(value):
+    """Numbers with four digits, for the screen."""
+    return f"{value:.4g}" if isinstance(value, float | np.floating | jax.Array) else value
+
+
+class RunLog:
+    """A run's csv files, lines on the screen, the bar and, with --track, Weights & Biases."""
+
+    def __init__(self, args, run_dir, step, last):
+        self.run_dir = run_dir
+        self.rows = {"metrics": [], "eval": [], "episodes": []}
+        for path in run_dir.glob("*.csv"):
+            # What a killed run wrote after its last checkpoint will come again.
+            rows = csv.DictReader(path.open())
+            self.rows[path.stem] = [row for row in rows if int(row["step"]) <= step]
+        self.bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
+        self.tracker = None
+        if args.track:
+            import wandb
+
+            # The same id makes one curve of a run, however often it is resumed.
+            run = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow"}
+            self.tracker = wandb.init(**run, dir=run_dir, config=vars(args))
+
+    def append(self, name, rows):
+        """Add new rows to a file, which is written whole. Its columns are those of the last row."""
+        self.rows[name] += rows
+        for row in rows:
+            # But for the last column: it is a time, and the bar shows the speed.
+            words = " ".join(f"{key} {in_short(row[key])}" for key in list(row)[:-1])
+            tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
+            if self.tracker:
+                self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows[name])
+        write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
+
+    def evaluation_is_due(self, step, every, last):
+        """At every multiple and at the end, unless its row is there already."""
+        scored = {int(row["step"]) for row in self.rows["eval"]}
+        return step > 0 and (step % every == 0 or step == last) and step not in scored
+
+
+def read_run(run_dir):
+    """A run's args.json, and its Args."""
+    with or_fail(f"{run_dir} is no run of {Path(__file__).name}, by its args.json"):
+        record = json.loads(Path(f"{run_dir}/args.json").read_text())
+        if Path(record["script"]).name != Path(__file__).name:
+            raise ValueError(f"it is one of another script, {record['script']}")
+        values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
+        values["hidden_dims"] = tuple(values["hidden_dims"])
+        return record, Args(**values)
+
+
+def parse_args():
+    """The command line; with --resume, flags that are not given keep the values of the run."""
+    args = tyro.cli(Args)
+    if args.resume:
+        _, saved = read_run(args.resume)
+        args = tyro.cli(Args, default=saved)
+        names = list(vars(saved))
+        for name in names[: names.index("offline_steps")]:
+            if getattr(args, name) != getattr(saved, name):
+                fail(f"{args.resume} has {name} {getattr(saved, name)}: leave that flag out")
+    return args
+
+
+def describe_run(args, paths, dataset):
+    """What args.json holds."""
+    source = "official" if paths[0].parent.name == "data" else "collected"
+    if args.dataset_dir:
+        source = "from --dataset-dir"
+    packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
+    return {
+        **vars(args),
+        "script": os.path.abspath(__file__),
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "data": {
+            "words": f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}",
+            "path": [str(path) for path in paths],
+            "crcs": [read_crcs(path) for path in paths],
+            "transitions": len(dataset.rewards),
+        },
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in packages},
+        "jax_settings": {name: getattr(jax.config, name) for name in settings},
+    }
+
+
+def read_crcs(path):
+    """Of a file's arrays, as they stand in the zip's directory: by them data is known."""
+    with or_fail(f"{path} can't be used"):
+        return [array.CRC for array in zipfile.ZipFile(path).infolist()]
+
+
+def open_run_folder(args, record):
+    """The run's folder, made or found; a resumed run goes on with the same data."""
+    name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
+    run_dir = Path(f"{args.run_dir}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if args.resume:
+        run_dir = Path(args.resume)
+        before, _ = read_run(run_dir)
+        if record["data"]["crcs"] != before["data"]["crcs"]:
+            fail(f"the run's data is {before['data']['path'][0]}, not {record['data']['path'][0]}")
+        if record["script_sha256"] != before["script_sha256"]:
+            print(f"{record['script']} was edited since the run began")
+    with or_fail(f"--run-dir {args.run_dir} can't be used"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
+    return run_dir
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def of_seed(tree, i):
+    """What belongs to the i-th seed, where every array has a leading axis of seeds."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def jit_over_seeds(function, num_seeds):
+    """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
+
+    def for_all(states, *rest):
+        if num_seeds > 1:
+            return jax.vmap(lambda state: function(state, *rest))(states)
+        # One seed alone is a fifth faster without vmap.
+        return jax.tree.map(lambda x: x[None], function(of_seed(states, 0), *rest))
+
+    return jax.jit(for_all, donate_argnums=0)
+
+
+def log_metrics(args, log, metrics, step, updates_per_second):
+    """A row of metrics.csv for each seed; metrics {name: (seeds,)}."""
+    rows = []
+    for i in range(args.num_seeds):
+        row = {"step": step, "seed": args.seed + i, **of_seed(metrics, i)}
+        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
+    log.append("metrics", rows)
+
+
+def check_finite(args, metrics, step):
+    for name, values in metrics.items():
+        for i in range(args.num_seeds):
+            if not np.isfinite(values[i]):
+                fail(f"{name} of seed {args.seed + i} is not finite at step {step}")
+
+
+def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
+    """The offline phase: the states at its end, or where a stop was asked for; saved."""
+    # The number of updates is traced, so that one program serves all.
+    train = jit_over_seeds(partial(train_steps, args, networks), args.num_seeds)
+    step = int(states.step[0])
+    saved_at = time.monotonic()
+    while not stop_signals:
+        if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
+            save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
+            score(args, act, envs, states, step, "offline", log)
+            continue
+        if step >= args.offline_steps:
+            break
+
+        # At most 50, so that a stop is prompt, and not past the next event.
+        events = (args.log_every, args.eval_every, args.dataset_replace_every)
+        num_updates = min(50, args.offline_steps - step, *[n - step % n for n in events])
+        started = time.perf_counter()
+        states, metrics = train(states, dataset, num_updates)
+        metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
+        updates_per_second = num_updates / max(time.perf_counter() - started, 1e-3)
+        step += num_updates
+        log.bar.update(num_updates)
+        check_finite(args, metrics, step)
+
+        if step % args.log_every == 0:
+            log_metrics(args, log, metrics, step, updates_per_second)
+        if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
+            save_checkpoint(log.run_dir, states)
+            saved_at = time.monotonic()
+        if step % args.dataset_replace_every == 0 and len(paths) > 1:
+            save_checkpoint(log.run_dir, states)  # the next shard may be damaged
+            dataset = load_shard(args, paths, step, env)
+    save_checkpoint(log.run_dir, states)
+    return states
+
+
+def main(args):
+    # Lines appear at once in a file, too; a console may not know every letter of a path.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, while there is nothing to save
+    env = make_env(args)
+    dims = env.observation_space.shape + env.action_space.shape  # O, A
+    networks = make_networks(args, *dims)
+    new_key = partial(jax.random.key, impl="threefry2x32")  # by name: no setting of JAX's counts
+    keys = jax.vmap(new_key)(args.seed + np.arange(args.num_seeds))
+    states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
+    if args.resume:
+        states = restore(states, load_checkpoint(args.resume))
+    step = int(states.step[0])
+    paths = find_dataset(args)
+    dataset = load_shard(args, paths, step, env)
+
+    record = describe_run(args, paths, dataset)
+    run_dir = open_run_folder(args, record)
+    folder = shlex.quote(str(run_dir).removeprefix(os.getcwd() + os.sep))
+    print(f"data: {record['data']['words']}\ndevice: {record['device']}\nrun folder: {folder}")
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            # A handler raises nothing: where it is called, nobody may be there to catch it.
+            signal.signal(getattr(signal, name), lambda number, _: stop_signals.append(number))
+
+    log = RunLog(args, run_dir, step, args.offline_steps)
+    try:
+        if step < args.offline_steps or log.evaluation_is_due(step, args.eval_every, step):
+            print(f"going on at step {step}: compiling (about 20 s)")
+            envs = start_eval_envs(args)
+            act = jax.jit(partial(sample_actions, args, networks))
+            train_offline(args, networks, states, env, paths, dataset, act, envs, log)
+    except (EOFError, ConnectionError) as error:
+        if not stop_signals:  # a batch system stops all processes at once
+            words = f"an evaluation process has died ({error!r}; --eval-envs 1 needs less memory)"
+            sys.exit(f"error: {words}; {how_to_resume(run_dir)}")
+    log.bar.close()
+    if stop_signals:
+        print(f"stopped and saved; {how_to_resume(run_dir)}")
+        sys.exit(128 + stop_signals[0])
+    print(f"finished: {folder}; --resume with a longer --offline-steps goes on")
+    print(f"python tools/evaluate.py {folder}\npython tools/report.py {folder}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
