@@ -14,14 +14,14 @@ QGF (arXiv 2606.11087) learns what IFQL (baselines/ifql.py) learns, and acts oth
 imitates the data and never sees Q: it turns noise x_0 into a chunk of H actions x_T, in T Euler
 steps of h = 1 / T along a velocity v(s, x, t). A value V learns what the better part of the data's
 actions are worth. When the flow is sampled, the gradient of Q, where a straight line along v would
-end, is added to v. The guidance acts only, so one run serves every --guidance-weight.
+end, is added to v. Training does not depend on that.
 
 (1) critic     y = R + discount^H m V(s');   L_Q = mean (Q_k(s, a) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v(s, x_t, t) - (a - x_0))^2
-(3) sampling   x_{i+1} = x_i + h w(x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
+(3) sampling   x_{i+1} = x_i + h v_Q(s, x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
 (4) value      u = mean_K Q'(s, a) - rho std_K Q'(s, a)
                L_V = mean w (u - V(s))^2,   w = kappa where u >= V(s), else 1 - kappa
-(5) guidance   w(x, t) = v(s, x, t) + guidance_weight grad_a mean_K Q'(s, a)
+(5) guidance   v_Q(s, x, t) = v(s, x, t) + guidance_weight grad_a mean_K Q'(s, a)
                at a = clip(x + (1 - t) v(s, x, t))
 
 Q': target copy. R: discounted reward of the chunk; s': observation after it; m: 0 if the chunk
@@ -216,7 +216,7 @@ def sample_ode(velocity, x0, num_steps):
 
 
 def guide_by_end(args, velocity, q):
-    """w of (5), from v (x, t) -> (..., D) and q (..., D) -> (K, ...) at the same s."""
+    """v_Q of (5), from v (x, t) -> (..., D) and q (..., D) -> (K, ...) at the same s."""
 
     def total_value(actions):
         return q(actions).mean(axis=0).sum()

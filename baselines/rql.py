@@ -231,7 +231,7 @@ def policy_actions(args, networks, params, observations, noise):
 def sample_actions(args, networks, params, observations, key):
     """Act: observations (B, O) -> chunks (B, H*A) in [-1, 1], the best of `best_of_n` by mean V.
 
-    `params`: of a TrainState; `evaluate` has put the slow copy in the place of the policy.
+    `params`: of a TrainState. In an evaluation the policy's slow copy stands in its place there.
     """
     noise = jax.random.normal(key, (args.best_of_n, len(observations), networks.chunk_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
@@ -297,7 +297,7 @@ def critic_loss(args, networks, params, target_params, batch, key):
     next_q = target_q(batch.next_observations, with_time(next_x0, 0.0))  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
 
-    # Points of the way to the data's chunks.
+    # Points of the paths to the data's chunks.
     half = len(next_x0) // 2
     anywhere = jax.random.uniform(key_t, (half,))
     steps = jax.random.randint(key_k, (len(next_x0) - half,), 0, args.flow_steps + 1)
@@ -395,10 +395,9 @@ def update(args, networks, state, batch, key):
     params = optax.apply_updates(state.params, updates)
     # As in the paper's code, targets move towards the parameters from before this step.
     old_params = {name: state.params[name] for name in target_params}
-    rates = {"critic": args.tau, "policy": 1 - args.ema}
-    for name, rate in rates.items():
-        moved = optax.incremental_update(old_params[name], target_params[name], rate)
-        target_params = {**target_params, name: moved}
+    critic = optax.incremental_update(old_params["critic"], target_params["critic"], args.tau)
+    policy = optax.incremental_update(old_params["policy"], target_params["policy"], 1 - args.ema)
+    target_params = {"critic": critic, "policy": policy}
     return TrainState(params, target_params, opt_state, state.step + 1, state.key), metrics
 
 
@@ -651,7 +650,7 @@ def evaluate(args, act, params, envs, key):
     a noise for each: with another shape the noise would be another, and products would round in
     another way. So the score does not depend on E.
     """
-    params = {**params, "policy": params["target"]["policy"]}  # the slow copy acts
+    params = {**params, "policy": params["target"]["policy"]}  # its slow copy acts
     results = np.zeros((args.eval_episodes, 3))  # success, return, length
     observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
     for first in range(0, args.eval_episodes, envs.num_envs):
