@@ -1,7 +1,10 @@
 """The losses and gradients of baselines and variants against reference vectors, and properties."""
 
+import sys
+import types
 from functools import partial
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +21,23 @@ from vectors import (
 )
 
 import qam_offline
-from baselines import bam, cgql, dac, dsrl, fawac, fbrac, fedit, fql, ifql, qsm, rebrac, rlpd
+from baselines import (
+    bam,
+    cgql,
+    dac,
+    dsrl,
+    fawac,
+    fbrac,
+    fedit,
+    fql,
+    ifql,
+    qgf,
+    qsm,
+    rebrac,
+    rlpd,
+    rql,
+)
+from tools import make_online
 from variants import qam_edit, qam_fql, trqam
 
 SCRIPTS = {
@@ -39,6 +58,8 @@ SCRIPTS = {
     "cgql_linex": cgql,
     "qsm": qsm,
     "dac": dac,
+    "rql": rql,
+    "qgf": qgf,
 }
 COEFFICIENTS = {
     "fql": {"alpha": 30.0},
@@ -58,6 +79,8 @@ COEFFICIENTS = {
     "cgql_linex": {"mode": "linex", "inv_temp": 3.0, "guidance_coef": 0.1, "noisy_coef": 0.1},
     "qsm": {"alpha": 10.0, "inv_temp": 3.0},
     "dac": {"alpha": 1.0},
+    "rql": {"alpha": 3.0, "expectile": 0.9, "ema": 0.999},
+    "qgf": {"kappa": 0.9, "guidance_weight": 0.5},
 }
 
 # What the reference calls our networks; which of them have a target copy.
@@ -131,6 +154,8 @@ NETWORKS = {
     "cgql_linex": {"critic": "critic", "behavior": "actor"},
     "qsm": {"critic": "critic", "policy": "actor"},
     "dac": {"critic": "critic", "policy": "actor"},
+    "rql": {"critic": "critic", "policy": "actor"},
+    "qgf": {"critic": "critic", "value": "value", "behavior": "actor_flow"},
 }
 TARGETS = {
     "fql": ("critic",),
@@ -150,6 +175,8 @@ TARGETS = {
     "cgql_linex": ("critic", "behavior"),
     "qsm": ("critic",),
     "dac": ("critic",),
+    "rql": ("critic", "policy"),
+    "qgf": ("critic",),
 }
 
 # The normal draws of critic_loss and policy_loss, in their order.
@@ -179,6 +206,8 @@ DRAWS = {
     "cgql_linex": ("next_action", "noisy_x0", "bc_x0"),
     "qsm": ("next_action", "bc_noise"),
     "dac": ("next_action", "bc_noise"),
+    "rql": ("next_action", "bc_x0"),
+    "qgf": ("bc_x0",),
 }
 # The uniform draws, if they are others.
 TIMES = {
@@ -186,6 +215,7 @@ TIMES = {
     "cgql_linex": ("noisy_t", "bc_t"),
     "qsm": (),
     "dac": (),
+    "rql": ("reverse_t", "bc_t"),
 }
 # How many of them make a'.
 ACTING_DRAWS = {"qam_edit": 2, "fedit": 2}
@@ -196,6 +226,8 @@ ACTS = {
     "fawac": ("act",),
     "rebrac": ("act",),
     "rlpd": ("act_eps",),
+    "rql": ("act",),
+    "qgf": ("act",),
 }
 
 # What the reference calls our metrics.
@@ -273,6 +305,11 @@ METRICS = {
     "cgql_linex": {"flow_loss": "actor/flow_loss", "noisy_loss": "critic/noisy_critic_loss"},
     "qsm": {},
     "dac": {},
+    "qgf": {
+        "flow_loss": "actor/actor_loss",
+        "value_loss": "value/value_loss",
+        "value": "value/v_mean",
+    },
 }
 
 
@@ -300,6 +337,11 @@ def gradients_and_metrics(name, case):
 
 def test_losses_match_the_reference(name, case, gradients_and_metrics):
     _, metrics = gradients_and_metrics
+    if name == "rql":
+        assert_close(metrics["critic_loss"], case.arrays["out/critic_loss"])
+        assert_close(metrics["flow_loss"], case.arrays["out/bc_loss"])
+        assert_close(metrics["value"], case.arrays["out/value"])
+        return
     for ours, reference in {**CRITIC_METRICS, **METRICS[name]}.items():
         expected = case.arrays.get(f"info/{reference}")
         if ours == "q_mean" and "out/q" in case.arrays:
@@ -326,8 +368,8 @@ def test_gradients_match_the_reference(name, case, gradients_and_metrics):
 
 
 def test_next_actions_match_the_reference(name, case):
-    if name == "ifql":
-        pytest.skip("IFQL has no a'")
+    if name in ("ifql", "rql", "qgf"):
+        pytest.skip("it has no a'")
     draws = DRAWS[name][: ACTING_DRAWS.get(name, 1)]
     noises = [case.arrays[f"noise/{draw}"] for draw in draws]
     acting = {**case.params, "target": case.target_params}
@@ -340,7 +382,10 @@ def test_next_actions_match_the_reference(name, case):
 
 @pytest.mark.parametrize("name", ACTS)
 def test_acting_matches_the_reference(name):
-    """Where the reference acts, too: ReBRAC with its noise, IFQL by the best of 32."""
+    """Where the reference acts, too: ReBRAC with its noise, IFQL by the best of 32.
+
+    RQL's acts by the slow copy of the policy, as in evaluations.
+    """
     case = case_of(name)
     act = partial(SCRIPTS[name].sample_actions, case.args, case.networks)
     draws = iter(ACTS[name])
@@ -351,8 +396,11 @@ def test_acting_matches_the_reference(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.random, "normal", next_draw)
         params = {**case.params, "target": case.target_params}
+        if name == "rql":
+            params["policy"] = case.target_params["policy"]
         actions = act(params, case.batch.observations, jax.random.key(0))
-    assert_close(actions, case.arrays["out/act"])
+    expected = "out/actions" if name in ("rql", "qgf") else "out/act"
+    assert_close(actions, case.arrays[expected])
     assert list(draws) == []
 
 
@@ -708,3 +756,135 @@ def test_weights_of_fawac():
     assert weight_of(0.0) == pytest.approx(1, rel=1e-5)
     assert weight_of(0.5) == pytest.approx(np.exp(4.0 * 0.5), rel=1e-4)
     assert weight_of(5.0) == 100
+
+
+# -------------------------------------------------------------------------------------------- RQL
+
+
+def test_reversal_is_the_references():
+    case = case_of("rql")
+    arrays = case.arrays
+    steps = arrays["noise/reverse_k"] / case.args.flow_steps
+    distance = np.concatenate([arrays["noise/reverse_t"], steps])[:, None]
+    v_policy = case.closure("policy", case.params, case.batch.observations)
+    x = rql.reverse_ode(v_policy, case.batch.actions, distance, case.args.flow_steps)
+    assert_close(x, arrays["out/x_f"])
+    assert_close(1 - distance, arrays["out/f"])
+
+
+def test_reversal_undoes_sampling():
+    """Back by all of the time with fine steps, and forth again."""
+
+    def velocity(x, t):
+        return jnp.sin(3 * x) + t - 2 * t * x
+
+    actions = jnp.array([[0.3, -0.8], [0.9, 0.0]])
+    x0 = rql.reverse_ode(velocity, actions, jnp.ones((2, 1)), 2_000)
+    assert np.abs(x0 - actions).min() > 0.05
+    assert_allclose(rql.sample_ode(velocity, x0, 2_000), actions, atol=2e-3)
+    assert_allclose(rql.reverse_ode(velocity, actions, jnp.zeros((2, 1)), 10), actions)
+
+
+def test_losses_of_rql_leave_out_what_runs_over_an_episodes_end():
+    """In the vectors every chunk is valid. Here the first is not, and its action says nothing."""
+    case = case_of("rql")
+    invalid = case.batch._replace(valid=case.batch.valid.at[0].set(0))
+    other = invalid._replace(actions=invalid.actions.at[0].add(0.5))
+    q = case.closure("critic", case.params)
+
+    @jax.jit
+    def losses(batch):
+        shared = (case.args, case.networks, case.params, case.target_params, batch)
+        loss_q, _ = rql.critic_loss(*shared, jax.random.key(0))
+        loss_pi, _ = rql.policy_loss(*shared, q, q, jax.random.key(1))
+        return loss_q, loss_pi
+
+    assert_allclose(losses(invalid), losses(other), rtol=1e-6)
+    valid_and_other = other._replace(valid=case.batch.valid)
+    for ours, changed in zip(losses(case.batch), losses(valid_and_other), strict=True):
+        assert abs(float(ours) - float(changed)) > 1e-3
+
+
+def test_targets_of_rql_have_two_rates():
+    """tau for the critic, and the policy's slow copy keeps the share ema of itself."""
+    args = rql.Args(**{**vars(case_of("rql").args), "tau": 0.1, "ema": 0.7})
+    case = case_of("rql")
+    state = rql.init_state(args, case.networks, 6, 3, jax.random.key(0))
+    state = state._replace(target_params=jax.tree.map(jnp.zeros_like, state.target_params))
+    after, _ = jax.jit(partial(rql.update, args, case.networks))(
+        state, case.batch, jax.random.key(1)
+    )
+    for network, rate in {"critic": 0.1, "policy": 0.3}.items():
+        expected = jax.tree.map(lambda x: rate * x, state.params[network])  # noqa: B023
+        pairs = (after.target_params[network], expected)
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-7), *pairs)
+
+
+def test_rql_acts_by_the_slow_copy_in_evaluations_and_by_the_policy_online():
+    """The online version, which tools/make_online.py merges."""
+    text, num_conflicts = make_online.merge(make_online.ROOT / "baselines/rql.py")
+    assert num_conflicts == 0
+    online = types.ModuleType("rql_offline_to_online")
+    online.__file__ = "rql_offline_to_online.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, online.__name__, online)  # dataclasses look there
+        exec(text, vars(online))
+    args = online.Args(
+        env_id="pointmaze-medium-navigate-task1", horizon=1000, hidden_dims=(8,), eval_episodes=1
+    )
+    networks = online.make_networks(args, 2, 2)
+    state = online.init_state(args, networks, 2, 2, jax.random.key(0))
+    slow = jax.tree.map(jnp.zeros_like, state.target_params["policy"])
+    state = state._replace(target_params={**state.target_params, "policy": slow})
+
+    asked = []
+
+    def act(params, observations, key):
+        asked.append(params["policy"])
+        return np.zeros((1, 2000))
+
+    envs = gymnasium.vector.SyncVectorEnv(
+        [partial(online.ChunkedEpisode, args)],
+        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+    )
+    params = {**state.params, "target": state.target_params}
+    online.evaluate(args, act, params, envs, jax.random.key(0))
+    assert len(asked) == 1
+    assert all_equal(asked[0], slow)
+
+    observation = np.zeros(2)
+    states = jax.tree.map(lambda x: x[None], state)
+    actions = online.make_act_online(args, networks)(states, observation, 0)
+    params_key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 2), 0)
+    noise = jax.random.normal(params_key, (1, 2000))
+    expected = online.policy_actions(args, networks, state.params, observation[None], noise)
+    assert_allclose(actions.reshape(1, -1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [{"expectile": 1.5}, {"ema": 1.01}])
+def test_shares_of_rql_are_at_most_one(values):
+    with pytest.raises(ValueError, match="--expectile and --ema must be from 0 to 1"):
+        rql.Args(**values)
+
+
+# -------------------------------------------------------------------------------------------- QGF
+
+
+def test_guidance_of_qgf_pulls_the_end_of_a_straight_line():
+    """By Q's gradient there, which a velocity that depends on x does not change on its way back."""
+    args = qgf.Args(guidance_weight=0.25)
+    best = jnp.array([0.5, -1.0])
+
+    def velocity(x, t):
+        return 0.8 * x + t
+
+    def q(actions):
+        return -((actions - best) ** 2).sum(axis=-1)[None] * jnp.array([[1.0], [3.0]])
+
+    guided = qgf.guide_by_end(args, velocity, q)
+    x = jnp.array([[0.1, -0.3], [0.2, 2.0]])
+    t = jnp.array([[0.5], [0.5]])
+    v = 0.8 * x + 0.5
+    end = jnp.clip(x + 0.5 * v, -1, 1)
+    assert end[1, 1] == 1
+    assert_allclose(guided(x, t), v + 0.25 * 2 * 2 * (best - end), rtol=1e-6)

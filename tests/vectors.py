@@ -108,7 +108,8 @@ def reference_draws(case, normal, times=("bc_t",)):
         return array
 
     def steps(key, shape, lowest, beyond):
-        array = case.arrays["noise/bc_k"]
+        name = "reverse_k" if "noise/reverse_k" in case.arrays else "bc_k"  # RQL's; QSM's, DAC's
+        array = case.arrays[f"noise/{name}"]
         assert array.shape == shape
         assert lowest <= array.min() < array.max() < beyond
         return jnp.asarray(array)
