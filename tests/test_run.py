@@ -42,6 +42,8 @@ METHODS = {
     "baselines.rlpd": "RLPD",
     "baselines.qsm": "QSM",
     "baselines.dac": "DAC",
+    "baselines.rql": "RQL",
+    "baselines.qgf": "IFQL",  # its kappa
 }
 
 
