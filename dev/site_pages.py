@@ -42,6 +42,8 @@ SCRIPTS = (
     "baselines/cgql.py",
     "baselines/qsm.py",
     "baselines/dac.py",
+    "baselines/rql.py",
+    "baselines/qgf.py",
 )
 # The page of a file: {path in the project: path in the site's sources}.
 PAGES = {"README.md": "index.md", "results/README.md": "results/index.md"}

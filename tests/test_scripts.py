@@ -26,13 +26,17 @@ SCRIPTS = [
     "baselines/cgql.py",
     "baselines/qsm.py",
     "baselines/dac.py",
+    "baselines/rql.py",
+    "baselines/qgf.py",
 ]
 # A run takes ten seconds: these with the README's test command, the others with -m slow.
 FAST = ("qam_diffusion_variant.py", "baselines/fql.py", "variants/trqam.py", "baselines/ifql.py")
 MARKED = [
     pytest.param(script, marks=[] if script in FAST else pytest.mark.slow) for script in SCRIPTS
 ]
-WITHOUT_BEHAVIOR = [f"baselines/{name}.py" for name in "fbrac fawac rebrac rlpd qsm dac".split()]
+WITHOUT_BEHAVIOR = [
+    f"baselines/{name}.py" for name in "fbrac fawac rebrac rlpd qsm dac rql".split()
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

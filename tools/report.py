@@ -70,6 +70,8 @@ METHODS = {
     "cgql": "CGQL",
     "qsm": "QSM",
     "dac": "DAC",
+    "rql": "RQL",
+    "qgf": "QGF",
 }
 # CGQL's modes are methods of their own there.
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
