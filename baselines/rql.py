@@ -121,7 +121,7 @@ class Args:
     def __post_init__(self):
         resolve_args(self)
         if max(self.expectile, self.ema) > 1:
-            raise ValueError("--expectile and --ema must be from 0 to 1")
+            raise ValueError("--expectile and --ema are at most 1")
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -444,8 +444,9 @@ OWN = {
     "expectile": [0.9, 0.9, 0.7, 0.7, 0.7, 0.9, 0.5, 0.5, 0.5, 0.5, 0.7, 0.7, 0.5],
     "ema": [0.999] * 10 + [0.995, 0.999, 0.999],
 }
-# Whole numbers are at least 1, but for these. (Some are of other scripts.)
-MAY_BE_0 = ("seed", "offline_steps", "pretrain_steps", "start_training")
+# Numbers are above 0, but for these. (Some are of other scripts.)
+MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
+MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha"
 
 
 def paper_values(args):
@@ -470,13 +471,13 @@ def resolve_args(args):
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
-        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
-        if isinstance(value, int | float) and not value >= least:  # nan is refused, too
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
-        raise ValueError("--hidden-dims and --learning-rate must be above 0, --seed below 2**32")
+        positive = type(value) not in (int, float) or value > 0  # nan is not
+        if not positive and not (value == 0 and name in MAY_BE_0.split()):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if min(args.hidden_dims, default=0) < 1 or args.seed >= 2**32:
+        raise ValueError("--hidden-dims must be positive, --seed below 2**32")
     if max(args.discount, args.tau) > 1:
-        raise ValueError("--discount must be from 0 to 1, and --tau, too")
+        raise ValueError("--discount and --tau are at most 1")
 
 
 # ------------------------------------------------------------------------- environment and data
@@ -527,12 +528,14 @@ def find_dataset(args):
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
-    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    with or_fail("--dataset-dir is needed, for there is no home folder"):
+        folder = Path("~/.ogbench").expanduser()
+    official = folder / f"data/{name}.npz"
+    collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
         print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-        for folder in Path(__file__).resolve().parents[:2]:
-            for tool in folder.glob("tools/collect_dataset.py"):
+        for here in Path(__file__).resolve().parents[:2]:
+            for tool in here.glob("tools/collect_dataset.py"):
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():

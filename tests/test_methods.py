@@ -863,7 +863,7 @@ def test_rql_acts_by_the_slow_copy_in_evaluations_and_by_the_policy_online():
 
 @pytest.mark.parametrize("values", [{"expectile": 1.5}, {"ema": 1.01}])
 def test_shares_of_rql_are_at_most_one(values):
-    with pytest.raises(ValueError, match="--expectile and --ema must be from 0 to 1"):
+    with pytest.raises(ValueError, match="--expectile and --ema are at most 1"):
         rql.Args(**values)
 
 
