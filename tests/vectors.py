@@ -112,6 +112,8 @@ def reference_draws(case, normal, times=("bc_t",)):
         array = case.arrays[f"noise/{name}"]
         assert array.shape == shape
         assert lowest <= array.min() < array.max() < beyond
+        if name == "reverse_k":
+            assert (lowest, beyond) == (0, case.args.flow_steps + 1)  # both ends of the flow
         return jnp.asarray(array)
 
     with pytest.MonkeyPatch.context() as patch:
