@@ -20,7 +20,7 @@ TOO_WIDE = """
 () => ["html", "div.arithmatex", "#what-it-logs ~ .md-typeset__scrollwrap"]
     .flatMap(selector => [...document.querySelectorAll(selector)])
     .filter(element => element.scrollWidth > element.clientWidth)
-    .map(element => `${element.localName}.${element.className} is ${element.scrollWidth} wide`)
+    .map(element => `${element.localName} is ${element.scrollWidth} pixels wide`)
 """
 CUT_EQUATIONS = """
 () => [...document.querySelectorAll("span.arithmatex .base")]
