@@ -1,5 +1,6 @@
 """The pages of docs/ as GitHub shows them: they hold the scripts' code, equations come through."""
 
+import csv
 import html
 import re
 
@@ -86,3 +87,39 @@ def test_emphasis_is_meant(path):
     """Emphasis that begins or ends within a word, as between P*(x) and P*, is an accident."""
     shown = MarkdownIt().enable("table").render(path.read_text())
     assert not re.findall(r"\w<em>.*?</em>|<em>[^<]*</em>\w", shown)
+
+
+def test_numbers_in_words_are_the_runs():
+    """docs/metrics.md on QAM and its variants, and on the others that it names."""
+    curves = {}  # {(script, metric): its values}
+    with (ROOT / "results/metrics/metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            curves.setdefault((row["script"], row["metric"]), []).append(float(row["value"]))
+
+    def first(script, metric):
+        return curves[script, metric][0]
+
+    def end(script, metric):
+        values = curves[script, metric]
+        late = values[len(values) * 3 // 4 :]
+        return sum(late) / len(late)
+
+    def span(value, metric):
+        ours = ("qam_offline", "qam_edit", "qam_fql", "trqam", "qam_diffusion_variant")
+        values = [value(f"{script}.py", metric) for script in ours]
+        return f"{min(values):.0f} to {max(values):.0f}"
+
+    norms = curves["qam_offline.py", "grad_norm"]
+    flow_losses = [value("qam_offline.py", "flow_loss") for value in (first, end)]
+    sentences = (
+        f"begin at {span(first, 'critic_loss')} and end at {span(end, 'critic_loss')}.",
+        f"end at {end('fbrac.py', 'critic_loss'):.1f} and {end('dsrl.py', 'critic_loss'):.1f}, for",
+        f"FEdit, which fails, ends at {end('fedit.py', 'critic_loss'):.0f}.",
+        f"QAM and its variants end at {span(end, 'q_mean')}.",
+        f"(FBRAC {end('fbrac.py', 'q_mean'):.0f}, DSRL {end('dsrl.py', 'q_mean'):.0f})",
+        "it is {:.1f} at first, then {:.1f}.".format(*flow_losses),
+        f"begin at {span(first, 'adjoint_loss')} and end at {span(end, 'adjoint_loss')}.",
+        f"with QAM on the maze {min(norms):.0f} to {max(norms):.0f}",
+    )
+    text = (ROOT / "docs/metrics.md").read_text()
+    assert [sentence for sentence in sentences if sentence not in text] == []
