@@ -13,6 +13,7 @@ The first asks for a function or class, the second for the line that has this te
 import ast
 import os
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,7 @@ def definition(path, name):
     for node in ast.parse(text).body:
         if getattr(node, "name", None) == name:
             return name, ast.get_source_segment(text, node)
-    raise LookupError(f"error: {path} defines no {name}")
+    raise LookupError(f"{path} defines no {name}")
 
 
 def line(path, part):
@@ -34,12 +35,12 @@ def line(path, part):
     lines = text.splitlines()
     numbers = [i for i, code in enumerate(lines, start=1) if part in code]
     if len(numbers) != 1:
-        raise LookupError(f"error: {path} has {len(numbers)} lines with {part}, not one")
+        raise LookupError(f"{path} has {len(numbers)} lines with {part}, not one")
     (number,) = numbers
     for node in ast.parse(text).body:
         if node.lineno <= number <= node.end_lineno:
             return node.name, lines[number - 1].strip()
-    raise LookupError(f"error: in {path} the line with {part} is in no definition")
+    raise LookupError(f"{path} has {part} outside of all definitions")
 
 
 def with_code(markdown, folder):
@@ -63,7 +64,11 @@ def with_code(markdown, folder):
 def main():
     for path in sorted((ROOT / "docs").rglob("*.md")):
         before = path.read_text()
-        after = with_code(before, path.parent)
+        try:
+            after = with_code(before, path.parent)
+        except LookupError as error:
+            print(f"error: {path}: {error}: change the comment of that quotation", file=sys.stderr)
+            sys.exit(2)
         if after != before:
             path.write_text(after)
             print(f"wrote {path.relative_to(ROOT)}")

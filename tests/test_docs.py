@@ -1,4 +1,4 @@
-"""The pages of docs/ as GitHub shows them: they hold the scripts' code, equations come through."""
+"""The pages of docs/ as GitHub shows them: code of the scripts, equations, numbers of runs."""
 
 import csv
 import html
@@ -80,13 +80,6 @@ def test_the_test_sees_traps(trap):
     found, faults = equations(f"See {trap}.")
     shown = words_of(MarkdownIt().render(f"See {trap}."))
     assert faults or any(equation not in shown for equation in found)
-
-
-@pytest.mark.parametrize("path", PAGES, ids=NAMES)
-def test_emphasis_is_meant(path):
-    """Emphasis that begins or ends within a word, as between P*(x) and P*, is an accident."""
-    shown = MarkdownIt().enable("table").render(path.read_text())
-    assert not re.findall(r"\w<em>.*?</em>|<em>[^<]*</em>\w", shown)
 
 
 def test_numbers_in_words_are_the_runs():
