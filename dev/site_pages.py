@@ -95,9 +95,8 @@ def metrics_of(path):
     return curves
 
 
-def metrics_section(path):
+def metrics_section(path, curves):
     """What a script logs: the numbers of its run, and what each metric is."""
-    curves = metrics_of(path)
     successes = [f"{x:.2f} at {step:,}" for step, x in curves.pop("success_rate").items()]
     steps = sorted(curves["critic_loss"])
     first = steps[0]
@@ -107,6 +106,9 @@ def metrics_section(path):
     table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     text = (ROOT / "docs/metrics.md").read_text()
     meanings = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.M))
+    unknown = curves.keys() - meanings.keys()
+    if unknown:
+        raise LookupError(f"{path} logs {unknown}, and docs/metrics.md does not say what that is")
     words = []
     for name in sorted(curves, key=[*meanings].index):
         curve = curves[name]
@@ -158,7 +160,9 @@ def script_page(path):
             parts.append(f"```text\n{paragraph}\n```")
         else:
             parts.append(re.sub(r"([*_<])", r"\\\1", paragraph))
-    parts.append(metrics_section(path))
+    curves = metrics_of(path)
+    if curves:  # a new script may have no run yet
+        parts.append(metrics_section(path, curves))
     # Search finds the first file's code. The others' is mostly the same.
     excluded = "" if path == FIRST else " {data-search-exclude}"
     parts.append(f"## The whole file{excluded}")
