@@ -22,6 +22,12 @@ TOO_WIDE = """
     .filter(element => element.scrollWidth > element.clientWidth)
     .map(element => `${element.localName} is ${element.scrollWidth} pixels wide`)
 """
+# Of a command a screen shows all.
+CUT_COMMANDS = """
+() => [...document.querySelectorAll(".language-bash code")]
+    .filter(element => innerWidth > 1200 && element.scrollWidth > element.clientWidth)
+    .map(element => `command is cut: ${element.textContent}`)
+"""
 CUT_EQUATIONS = """
 () => [...document.querySelectorAll("span.arithmatex .base")]
     .filter(element => element.getBoundingClientRect().right > innerWidth)
@@ -48,7 +54,7 @@ NARROW_COLUMNS = """
     ];
 })
 """
-CHECKS = (TOO_WIDE, CUT_EQUATIONS, SPLIT_WORDS, NARROW_COLUMNS)
+CHECKS = (TOO_WIDE, CUT_COMMANDS, CUT_EQUATIONS, SPLIT_WORDS, NARROW_COLUMNS)
 
 
 def watch(page):

@@ -66,11 +66,13 @@ def test_the_check_sees_faults(site, tmp_path):
         '<div style="width: 2000px">wide</div>'
         "<p>P<em>(x) and P</em>(y)</p>"
         rf'<div class="arithmatex">\[{"x + " * 50}x\]</div>'
-        r'<p><span class="arithmatex">\(\no\)</span></p></article>'
+        r'<p><span class="arithmatex">\(\no\)</span></p>'
+        f'<div class="language-bash"><pre><code>{"run " * 50}</code></pre></div></article>'
     )
     page.write_text(page.read_text().replace("</article>", faults))
     css = broken / "assets/site.css"
-    css.write_text(css.read_text() + ".beside table { min-width: 0 }")
+    narrow = ".beside table { min-width: 0 } .language-bash code { white-space: pre !important }"
+    css.write_text(css.read_text() + narrow)
     done = drive("check_site.py", broken)
     assert done.returncode == 1
     for words in (
@@ -79,6 +81,7 @@ def test_the_check_sees_faults(site, tmp_path):
         "choices.html at 400: div is 1",
         "emphasis within a word: (x) and P",
         "KaTeX parse error",
+        "choices.html at 1280: command is cut: run run",
         "baselines_fql_beside.html at 400: a column shows fewer than 80 characters",
     ):
         assert words in done.stdout
