@@ -16,7 +16,7 @@ step from --start-training on. The host executes a chunk of actions while the de
 the updates that the chunk before it called for. Steps are counted on: updates, then environment
 steps. One seed per run, for each has its own environment and buffer.
 
-Differs from qam_offline.py: Args, train_steps, LEAST, resolve_args, save_checkpoint, read_run,
+Differs from qam_offline.py: Args, train_steps, resolve_args, save_checkpoint, read_run,
 parse_args, open_run_folder, main.
 
 QAM (arXiv 2601.14234) learns a critic Q by temporal differences, and two flows that turn noise x_0
@@ -98,7 +98,7 @@ class Args:
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
-    flow_steps: int = 10  # steps from noise to action, at least 2
+    flow_steps: int = 10  # steps from noise to action
     discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
     tau: float = 0.005  # target-update rate
     rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
@@ -420,10 +420,8 @@ class TrainState(NamedTuple):
 
 def make_optimizer(args):
     """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
-    return optax.chain(
-        optax.clip_by_global_norm(args.max_grad_norm),
-        optax.adam(args.learning_rate),
-    )
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return optax.chain(clip, optax.adam(args.learning_rate))
 
 
 def init_state(args, networks, observation_dim, action_dim, key):
@@ -525,15 +523,9 @@ DOMAINS = {
 }
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [1.0, 3.0, 1.0, 1.0, 3.0, 30.0, 10.0, 3.0, 3.0, 3.0, 0.5, 1.0, 1.0]}
-# Whole numbers must be at least 1, but for these. (Some are of other scripts.)
-LEAST = {
-    "offline_steps": 0,
-    "seed": 0,
-    "pretrain_steps": 0,
-    "start_training": 0,
-    "flow_steps": 2,
-    "diffusion_steps": 2,
-}
+# Numbers are above 0, but for these. (Some are of other scripts.)
+MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
+MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha"
 
 
 def paper_values(args):
@@ -558,7 +550,7 @@ def resolve_args(args):
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
-        least = LEAST.get(name, 1) if type(value) is int else 0
+        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
         if isinstance(value, int | float) and not value >= least:  # nan is refused, too
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
@@ -607,22 +599,24 @@ def find_dataset(args):
     """The dataset's file, or its shards. Downloads or collects what is missing."""
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
-        paths = sorted(Path(args.dataset_dir).glob("[!.]*.npz"))  # no hidden files
-        names = [path.name for path in paths]
-        shards = [path for path in paths if path.stem.startswith(domain)]
-        shards = [path for path in shards if not path.stem.endswith("-val")]
+        folder = Path(args.dataset_dir)
+        paths = sorted(folder.glob(f"{domain}[!.]*.npz"))  # no hidden files
+        shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
-            fail(f"--dataset-dir {args.dataset_dir}: no {domain}*.npz among {names}")
+            names = [path.name for path in folder.glob("*")]
+            fail(f"--dataset-dir {folder} has no {domain}*.npz, but {names}")
         return [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
-    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    with or_fail("--dataset-dir is needed, for there is no home folder"):
+        folder = Path("~/.ogbench").expanduser()
+    official = folder / f"data/{name}.npz"
+    collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
         print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-        for folder in Path(__file__).resolve().parents[:2]:
-            for tool in folder.glob("tools/collect_dataset.py"):
+        for here in Path(__file__).resolve().parents[:2]:
+            for tool in here.glob("tools/collect_dataset.py"):
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():
@@ -776,24 +770,12 @@ def start_eval_envs(args):
     return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
 
 
-def act_in_episodes(args, networks, params, observations, chunk, key):
-    """Observations (N, O) of N episodes -> chunks of actions (N, H*A).
-
-    The noise of a row depends on its number and on how many chunks were executed before.
-    """
-
-    def act(observation, episode):
-        noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-        return sample_actions(args, networks, params, observation[None], noise_key)[0]
-
-    return jax.vmap(act)(observations, jnp.arange(len(observations)))
-
-
 def evaluate(args, act, params, envs, key):
     """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
 
-    E processes play E episodes at a time. The policy always sees one row per episode of all, for a
-    matrix product of another shape would round in another way: the score does not depend on E.
+    E processes play E episodes at a time. The policy always sees one row per episode of all, with
+    a noise for each: with another shape the noise would be another, and products would round in
+    another way. So the score does not depend on E.
     """
     results = np.zeros((args.eval_episodes, 3))  # success, return, length
     observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
@@ -804,7 +786,7 @@ def evaluate(args, act, params, envs, key):
         ended = np.zeros(envs.num_envs, bool)
         chunk = 0
         while not ended.all() and not stop_signals:
-            actions = np.asarray(act(params, observations, chunk, key))
+            actions = np.asarray(act(params, observations, jax.random.fold_in(key, chunk)))
             observations[rows], _, terminated, truncated, info = envs.step(actions[rows])
             ended = terminated | truncated
             results[rows] = info["scores"]
@@ -833,16 +815,6 @@ def score(args, act, envs, states, step, phase, log):
 # ----------------------------------------------------------------------------------- run folder
 
 stop_signals = []  # numbers of the signals that asked the run to stop
-# What an offline run does not have.
-ONLINE = (
-    "start_training",
-    "utd_ratio",
-    "balanced_sampling",
-    "offline_checkpoint",
-    "online_steps",
-    "eval_every",
-    "log_every",
-)
 
 
 def fail(message):
@@ -939,11 +911,9 @@ class RunLog:
 
 def read_run(run_dir):
     """A run's args.json, and its Args; the run may be an offline one of the same algorithm."""
-    this = Path(__file__).stem
-    scripts = (this, this.removesuffix("_to_online"), this.removesuffix("_offline_to_online"))
     with or_fail(f"{run_dir} is no run of {Path(__file__).name}, by its args.json"):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
-        if Path(record["script"]).stem not in scripts:
+        if not Path(__file__).name.startswith(Path(record["script"]).stem):
             raise ValueError(f"it is one of another script, {record['script']}")
         fields = dataclasses.fields(Args)
         values = {field.name: record.get(field.name, field.default) for field in fields}
@@ -956,17 +926,17 @@ def parse_args():
     """The command line; flags that are not given keep the values of the run to go on with."""
     args = tyro.cli(Args)
     source = args.resume or args.offline_checkpoint
-    if not source:
-        return args
-    _, saved = read_run(source)
-    if not args.resume:  # an offline run does not have these, and may have several seeds
-        for name in ("seed", "resume", *ONLINE):
-            setattr(saved, name, getattr(args, name))
-    args = tyro.cli(Args, default=saved)
-    names = list(vars(saved))
-    for name in names[: names.index("online_steps")]:
-        if getattr(args, name) != getattr(saved, name):
-            fail(f"{source} has another {name}, {getattr(saved, name)}: leave that flag out")
+    if source:
+        record, saved = read_run(source)
+        if not args.resume:
+            for name in ("resume", "eval_every", "log_every"):  # an offline run's are for it alone
+                setattr(saved, name, None)
+        args = tyro.cli(Args, default=saved)
+        saved.seed = args.seed  # an offline run may have several; restore_run looks for it
+        names = list(vars(saved))
+        for name in names[: names.index("online_steps")]:
+            if name in record and getattr(args, name) != getattr(saved, name):
+                fail(f"{source} has {name} {getattr(saved, name)}: leave that flag out")
     return args
 
 
@@ -1270,7 +1240,7 @@ def main(args):
         if step < last or log.evaluation_is_due(step, args.eval_every, last):
             print(f"going on at step {step}: compiling (about 20 s)")
             envs = start_eval_envs(args)
-            act = jax.jit(partial(act_in_episodes, args, networks))
+            act = jax.jit(partial(sample_actions, args, networks))
             both = (args, networks, states, env, paths, dataset, act, envs, log)
             train_both(*both, online)
     except (EOFError, ConnectionError) as error:

@@ -85,7 +85,7 @@ class Args:
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
-    flow_steps: int = 10  # steps from noise to action, at least 2
+    flow_steps: int = 10  # steps from noise to action
     discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
     tau: float = 0.005  # target-update rate
     rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
@@ -338,10 +338,8 @@ class TrainState(NamedTuple):
 
 def make_optimizer(args):
     """One Adam for all networks, after their joint gradient is clipped. Its state: opt_state."""
-    return optax.chain(
-        optax.clip_by_global_norm(args.max_grad_norm),
-        optax.adam(args.learning_rate),
-    )
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    return optax.chain(clip, optax.adam(args.learning_rate))
 
 
 def init_state(args, networks, observation_dim, action_dim, key):
@@ -422,8 +420,9 @@ DOMAINS = {
 }
 # This method's coefficients, in the order of DOMAINS.
 OWN = {"inv_temp": [0.8, 0.8, 0.8, 6.4, 0.8, 0.8, 6.4, 0.8, 6.4, 0.8, 2.5, 0.8, 0.8]}
-# Whole numbers must be at least 1, but for these. (Some are of other scripts.)
-LEAST = {"seed": 0, "pretrain_steps": 0, "start_training": 0, "flow_steps": 2, "diffusion_steps": 2}
+# Numbers are above 0, but for these. (Some are of other scripts.)
+MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
+MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha"
 
 
 def paper_values(args):
@@ -448,13 +447,13 @@ def resolve_args(args):
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
-        least = LEAST.get(name, 1) if type(value) is int else 0
-        if isinstance(value, int | float) and not value >= least:  # nan is refused, too
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
-        raise ValueError("--hidden-dims and --learning-rate must be above 0, --seed below 2**32")
+        positive = type(value) not in (int, float) or value > 0  # nan is not
+        if not positive and not (value == 0 and name in MAY_BE_0.split()):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if min(args.hidden_dims, default=0) < 1 or args.seed >= 2**32:
+        raise ValueError("--hidden-dims must be positive, --seed below 2**32")
     if max(args.discount, args.tau) > 1:
-        raise ValueError("--discount must be from 0 to 1, and --tau, too")
+        raise ValueError("--discount and --tau are at most 1")
 
 
 # ------------------------------------------------------------------------- environment and data
@@ -495,22 +494,24 @@ def find_dataset(args):
     """The dataset's file, or its shards. Downloads or collects what is missing."""
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
-        paths = sorted(Path(args.dataset_dir).glob("[!.]*.npz"))  # no hidden files
-        names = [path.name for path in paths]
-        shards = [path for path in paths if path.stem.startswith(domain)]
-        shards = [path for path in shards if not path.stem.endswith("-val")]
+        folder = Path(args.dataset_dir)
+        paths = sorted(folder.glob(f"{domain}[!.]*.npz"))  # no hidden files
+        shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
-            fail(f"--dataset-dir {args.dataset_dir}: no {domain}*.npz among {names}")
+            names = [path.name for path in folder.glob("*")]
+            fail(f"--dataset-dir {folder} has no {domain}*.npz, but {names}")
         return [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    official = Path(f"~/.ogbench/data/{name}.npz").expanduser()
-    collected = Path(f"~/.ogbench/collected/{name}.npz").expanduser()
+    with or_fail("--dataset-dir is needed, for there is no home folder"):
+        folder = Path("~/.ogbench").expanduser()
+    official = folder / f"data/{name}.npz"
+    collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
         print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-        for folder in Path(__file__).resolve().parents[:2]:
-            for tool in folder.glob("tools/collect_dataset.py"):
+        for here in Path(__file__).resolve().parents[:2]:
+            for tool in here.glob("tools/collect_dataset.py"):
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():
@@ -621,24 +622,12 @@ def start_eval_envs(args):
     return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
 
 
-def act_in_episodes(args, networks, params, observations, chunk, key):
-    """Observations (N, O) of N episodes -> chunks of actions (N, H*A).
-
-    The noise of a row depends on its number and on how many chunks were executed before.
-    """
-
-    def act(observation, episode):
-        noise_key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-        return sample_actions(args, networks, params, observation[None], noise_key)[0]
-
-    return jax.vmap(act)(observations, jnp.arange(len(observations)))
-
-
 def evaluate(args, act, params, envs, key):
     """Play episodes 0 .. `eval_episodes` - 1: their mean scores; unfinished if a stop comes.
 
-    E processes play E episodes at a time. The policy always sees one row per episode of all, for a
-    matrix product of another shape would round in another way: the score does not depend on E.
+    E processes play E episodes at a time. The policy always sees one row per episode of all, with
+    a noise for each: with another shape the noise would be another, and products would round in
+    another way. So the score does not depend on E.
     """
     results = np.zeros((args.eval_episodes, 3))  # success, return, length
     observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
@@ -649,7 +638,7 @@ def evaluate(args, act, params, envs, key):
         ended = np.zeros(envs.num_envs, bool)
         chunk = 0
         while not ended.all() and not stop_signals:
-            actions = np.asarray(act(params, observations, chunk, key))
+            actions = np.asarray(act(params, observations, jax.random.fold_in(key, chunk)))
             observations[rows], _, terminated, truncated, info = envs.step(actions[rows])
             ended = terminated | truncated
             results[rows] = info["scores"]
@@ -785,14 +774,13 @@ def read_run(run_dir):
 def parse_args():
     """The command line; with --resume, flags that are not given keep the values of the run."""
     args = tyro.cli(Args)
-    if not args.resume:
-        return args
-    _, saved = read_run(args.resume)
-    args = tyro.cli(Args, default=saved)
-    names = list(vars(saved))
-    for name in names[: names.index("offline_steps")]:
-        if getattr(args, name) != getattr(saved, name):
-            fail(f"{args.resume} has another {name}, {getattr(saved, name)}: leave that flag out")
+    if args.resume:
+        _, saved = read_run(args.resume)
+        args = tyro.cli(Args, default=saved)
+        names = list(vars(saved))
+        for name in names[: names.index("offline_steps")]:
+            if getattr(args, name) != getattr(saved, name):
+                fail(f"{args.resume} has {name} {getattr(saved, name)}: leave that flag out")
     return args
 
 
@@ -945,7 +933,7 @@ def main(args):
         if step < args.offline_steps or log.evaluation_is_due(step, args.eval_every, step):
             print(f"going on at step {step}: compiling (about 20 s)")
             envs = start_eval_envs(args)
-            act = jax.jit(partial(act_in_episodes, args, networks))
+            act = jax.jit(partial(sample_actions, args, networks))
             train_offline(args, networks, states, env, paths, dataset, act, envs, log)
     except (EOFError, ConnectionError) as error:
         if not stop_signals:  # a batch system stops all processes at once

@@ -264,7 +264,7 @@ class BareEpisode(gymnasium.Wrapper):
 def measure_evaluation(options, script, args, networks, updates: Updates) -> dict:
     """Environment steps a second of `evaluate`, and of the bare environment, resets included."""
     args = dataclasses.replace(args, eval_episodes=4 * args.eval_envs)
-    act = jax.jit(partial(script.act_in_episodes, args, networks))
+    act = jax.jit(partial(script.sample_actions, args, networks))
     params = updates.acting_params()
     envs = script.start_eval_envs(args)
     bare = gymnasium.vector.AsyncVectorEnv(

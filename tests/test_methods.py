@@ -557,9 +557,9 @@ def all_equal(tree, other):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"kl_budget": 0.0}, "--kl-budget and --lambda-scale must be above 0"),
-        ({"lambda_scale": 0.0}, "--kl-budget and --lambda-scale must be above 0"),
-        ({"pretrain_steps": -1}, "--pretrain-steps must be at least 0"),
+        ({"kl_budget": 0.0}, "--kl-budget must be positive"),
+        ({"lambda_scale": 0.0}, "--lambda-scale must be positive"),
+        ({"pretrain_steps": -1}, "--pretrain-steps must be positive"),
     ],
 )
 def test_flags_of_trqam_that_can_not_be_used(values, words):

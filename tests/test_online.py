@@ -277,7 +277,7 @@ def test_from_an_offline_checkpoint_it_ends_as_with_its_own_offline_phase(
 def test_offline_checkpoint_that_does_not_fit(finished_run, tmp_path, capsys):
     source = str(finished_run)
     flags = ("--offline-checkpoint", source)
-    assert "another tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
+    assert "has tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
     args = parse(qam, *flags, "--seed", "5")
     assert "no seed 5" in refusal(capsys, qam.restore_run, args, None, source)
 
@@ -297,10 +297,10 @@ def test_offline_checkpoint_of_an_unfinished_run(finished_run, dataset_dir, tmp_
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--online-steps 0", "--online-steps must be at least 1"),
-        ("--offline-steps -1", "--offline-steps must be at least 0"),
-        ("--utd-ratio 0", "--utd-ratio must be at least 1"),
-        ("--start-training -1", "--start-training must be at least 0"),
+        ("--online-steps 0", "--online-steps must be positive"),
+        ("--offline-steps -1", "--offline-steps must be positive"),
+        ("--utd-ratio 0", "--utd-ratio must be positive"),
+        ("--start-training -1", "--start-training must be positive"),
         ("--offline-checkpoint /nowhere", "/nowhere"),
     ],
 )

@@ -1,6 +1,7 @@
 """Tools and experiments, run for real at their smallest."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -200,3 +201,15 @@ def test_a_small_set_gives_way_to_a_larger_one(tmp_path):
         assert process.returncode == 0, errors
         with np.load(tmp_path / f"{DOMAIN}-v0.npz") as data:
             assert data["terminals"].sum() == there
+
+
+def test_the_page_on_loading_a_policy(finished_run, tmp_path):
+    """Its code, word by word, on a run: an episode's score."""
+    _, _, rest = (ROOT / "docs/load_policy.md").read_text().partition("```python\n")
+    code, _, _ = rest.partition("```")
+    (tmp_path / "runs").symlink_to(finished_run.parent)
+    line = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0.0 -1000.0 1000.0\n"

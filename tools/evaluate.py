@@ -6,7 +6,8 @@ own evaluations, and the score does not depend on the number of processes.
 
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
-the run's folder; that needs `pip install "imageio[ffmpeg]"`.
+the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds. It
+needs `pip install "imageio[ffmpeg]"`.
 """
 
 import csv
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Annotated
 
 import flax
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,26 +115,20 @@ def steps_done(record, states):
 
 
 def make_behavior_act(script, args, networks):
-    """As the script's act_in_episodes, for the behavior flow with one noise per chunk."""
+    """As the script's sample_actions, for the behavior flow with one noise per chunk."""
 
-    def act_alone(params, observation, episode, chunk, key):
-        key = jax.random.fold_in(jax.random.fold_in(key, episode), chunk)
-
+    def act(params, observations, key):
         def behavior(x, t):
-            return networks.behavior.apply({"params": params["behavior"]}, observation[None], x, t)
+            return networks.behavior.apply({"params": params["behavior"]}, observations, x, t)
 
+        shape = (len(observations), networks.chunk_dim)
         if hasattr(args, "diffusion_steps"):
-            noise = jax.random.normal(key, (args.diffusion_steps, 1, networks.chunk_dim))
+            noise = jax.random.normal(key, (args.diffusion_steps, *shape))
             actions = script.sample_ancestral(behavior, behavior, noise[0], noise[1:])[-1]
         else:
-            noise = jax.random.normal(key, (1, networks.chunk_dim))
+            noise = jax.random.normal(key, shape)
             actions = script.sample_ode(behavior, noise, args.flow_steps)
-        return jnp.clip(actions[0], -1, 1)
-
-    act_in_all = jax.vmap(act_alone, in_axes=(None, 0, 0, None, None))
-
-    def act(params, observations, chunk, key):
-        return act_in_all(params, observations, jnp.arange(len(observations)), chunk, key)
+        return jnp.clip(actions, -1, 1)
 
     return jax.jit(act)
 
@@ -181,7 +177,7 @@ def record_episode(env, act, params, key, episode, num_rows, num_steps):
     chunk = 0
     while True:
         observations[episode] = observation
-        actions = np.asarray(act(params, observations, chunk, key))[episode]
+        actions = np.asarray(act(params, observations, jax.random.fold_in(key, chunk)))[episode]
         for action in actions.reshape(action_shape):
             observation, _, terminated, truncated, _ = env.step(action)
             frames.append(render(env))
@@ -201,11 +197,15 @@ def score(args, run):
     run_args = script_args(script, record, args)
     states = read_checkpoint(args.checkpoint or run / "checkpoint.msgpack")
     step = steps_done(record, states)
+    domain, environment_id, _ = script.parse_env_id(run_args.env_id)
+    if args.video and domain:
+        # OGBench's own are 200 pixels; other environments may not take a size.
+        gymnasium.spec(environment_id).kwargs.update(width=400, height=400)
     env = script.ChunkedEpisode(run_args)
     dims = env.observation_space.shape + env.env.action_space.shape  # O, A
     networks = script.make_networks(run_args, *dims)
     who = "policy"
-    act = jax.jit(partial(script.act_in_episodes, run_args, networks))
+    act = jax.jit(partial(script.sample_actions, run_args, networks))
     if args.behavior:
         who = "behavior"
         if "behavior" not in states["params"]:
@@ -232,8 +232,9 @@ def score(args, run):
         for episode in range(min(args.video, run_args.eval_episodes)):
             num_rows = run_args.eval_episodes
             frames = record_episode(env, act, params, key, episode, num_rows, args.video_steps)
-            path = run / "videos" / f"{who}_step_{step}_seed_{seed}_{episode}.mp4"
-            write_video(path, frames)
+            end = "success" if env.scores[0] > 0 else "no_success"
+            name = f"{who}_step_{step}_seed_{seed}_episode_{episode}_{end}.mp4"
+            write_video(run / "videos" / name, frames)
     envs.close(terminate=True)
     if args.behavior:
         write_rows(run / "behavior.csv", rows)

@@ -7,7 +7,7 @@ file runs alone, too. Make it anew when yours has changed; don't edit it. Only u
 takes a run of NAME.py for --offline-checkpoint.
 
 Where both change the same lines, nothing is written: you are shown what each of them has there. A
-flag of yours does not collide beside --inv-temp, nor an entry of LEAST that stands first in it.
+flag of yours does not collide beside --inv-temp.
 """
 
 import dataclasses
