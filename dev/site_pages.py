@@ -17,8 +17,11 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "qam_offline.py"
+# Pages that are written by hand and do not lie in docs/.
+WRITTEN = ["README.md", "CONTRIBUTING.md", "tests/data/README.md", "results/README.md"]
+WRITTEN += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("results/*/README.md"))
 # The page of a file: {path in the project: path in the site's sources}. on_config adds the scripts.
-PAGES = {"README.md": "index.md", "results/README.md": "results/index.md"}
+PAGES = {path: path.replace("README.md", "index.md") for path in WRITTEN}
 LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(?:#([^)\s]*))?\)")
 # Material's front matter: the difference has the whole width, and search leaves it out.
 WIDE = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---"
@@ -45,7 +48,7 @@ def site_path(path):
 def markdown_files():
     """Every page that is written by hand, by its path in the project."""
     docs = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
-    return ["README.md", "results/README.md", *docs]
+    return [*WRITTEN, *docs]
 
 
 def linked_files():
@@ -54,7 +57,8 @@ def linked_files():
     for page_path in markdown_files():
         for link, _ in LINK.findall((ROOT / page_path).read_text()):
             path = project_path(page_path, link)
-            if path not in PAGES and not path.startswith("docs/"):
+            elsewhere = path not in PAGES and not path.startswith("docs/")
+            if elsewhere and (ROOT / path).is_file():  # mkdocs tells of a link to what is not there
                 found.add(path)
     return sorted(found)
 
