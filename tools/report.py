@@ -533,17 +533,16 @@ def list_below(figure, styles):
 
 
 def draw_one_by_one(results, task, published, title):
-    """A panel a curve, best first, each with QAM's in gray."""
+    """A panel a curve, best first, each with QAM's (its best) in gray."""
     keys = [key for key in results.curves if key.task == task]
     ends = {key: list(points_of(key, results.curves[key]).values())[-1].mean() for key in keys}
     keys.sort(key=lambda key: -ends[key])
-    offline_qam = [key for key in keys if results.names[key].split()[:2] == ["QAM"]]
-    references = offline_qam or [key for key in keys if key.method() == "QAM"]
+    references = [key for key in keys if key.method() == "QAM"][:1]
     num_rows = -(-len(keys) // 3)
     figure = Figure(figsize=(5.6, 0.6 + 1.35 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, 3, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, key in zip(panels, keys, strict=False):
-        for reference in references[:1]:
+        for reference in references:
             points = points_of(reference, results.curves[reference])
             means = [scores.mean() for scores in points.values()]
             axes.plot(list(points), means, color="0.6", linewidth=1.2)
@@ -551,7 +550,7 @@ def draw_one_by_one(results, task, published, title):
         draw_curve(axes, results, key, Line(COLORS[0], "-"))
         if published:
             draw_published(axes, key, COLORS[0])
-        axes.set_title(textwrap.fill(name, 24), fontsize=8)
+        axes.set_title(textwrap.fill(name, 28), fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=axes in panels[len(keys) - 3 : len(keys)])
         axes.grid(alpha=0.25)
     panels[0].set(ylim=(-0.03, 1.03))
@@ -560,8 +559,10 @@ def draw_one_by_one(results, task, published, title):
     for axes in panels[len(keys) :]:
         axes.set_visible(False)
     figure.suptitle(textwrap.fill(title or task, 70), fontsize=10)
-    words = "; gray: QAM" if references else ""
-    figure.supxlabel(f"gradient (online: environment) steps{words}", fontsize=8)
+    words = "gradient (online: environment) steps"
+    for reference in references:
+        words += f"; gray: {results.names[reference]}"
+    figure.supxlabel(words, fontsize=8)
     figure.supylabel("success", fontsize=8)
     return figure
 
