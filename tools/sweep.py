@@ -438,9 +438,10 @@ def state_of(job, progress):
     if alive.exists():
         silent = time.time() - alive.stat().st_mtime
         return "running" if silent < STALE_AFTER else "stale"
-    if ended.exists() and ended.read_text() not in STOPPED:
-        return "failed"
-    return "waiting"
+    code = ended.read_text() if ended.exists() else STOPPED[0]
+    if code in STOPPED or code == "0" and edited_flags(job):  # edited after its end
+        return "waiting"
+    return "failed"
 
 
 def why_failed(out, job):
