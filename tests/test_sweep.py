@@ -351,7 +351,7 @@ def test_a_job_is_not_run_twice_and_a_silent_one_is_stale(dataset_dir, tmp_path)
     wait_until(lambda: any(map(has_checkpoint, job_folder(tmp_path, 0).glob("*/"))))
     assert states_of(tmp_path)[0] == "running"
     done = sweep("job", tmp_path, 0)
-    assert done.returncode == 1
+    assert done.returncode == tool.ELSEWHERE
     assert "is running already" in done.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
