@@ -249,7 +249,7 @@ def test_a_crash_is_tried_again(tmp_path):
         assert subprocess.run(["bash", tmp_path / "array"], env=variables).returncode == code
     (job_folder(tmp_path / "a", 0) / "exit").write_text("")
     done = sweep("status", tmp_path / "a")
-    assert "job 0 has failed with status that is not in its file" in done.stdout
+    assert "job 0 has failed with status unknown" in done.stdout
 
 
 def test_gpus_are_handed_out(monkeypatch, capsys):

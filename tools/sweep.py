@@ -230,10 +230,10 @@ def plan(args, flags):
 
     methods = [find_method(words, args.online) for words in scripts]
     tasks = [task for name in tasks for task in tasks_of(name)]
-    check_owners(args.set, methods)
+    settings = [parse_setting(text, methods) for text in args.set]
     kinds = []
     for method, task in itertools.product(methods, tasks):
-        for own in combinations(args.set, method):
+        for own in combinations(settings, method):
             words = ["--env-id", task, *method.flags, *own, *flags]
             kinds.append((method.script, check_flags(method.script, words)))
     out = args.out.resolve()
@@ -289,28 +289,23 @@ class Setting(NamedTuple):
     values: list
 
 
-def parse_setting(text):
+def parse_setting(text, methods):
     """SCRIPT:NAME=VALUE,VALUE, or without the script."""
     name, _, values = text.partition("=")
     owner, _, name = name.rpartition(":")
+    owner = Path(owner).name
     if not name or not values:
         fail(f"--set {text}: it should be NAME=VALUE,VALUE or SCRIPT:NAME=VALUE,VALUE")
-    return Setting(Path(owner).name, f"--{name.replace('_', '-')}", values.split(","))
-
-
-def check_owners(settings, methods):
-    names = [method.name for method in methods]
-    for text in settings:
-        owner = parse_setting(text).owner
-        if owner and owner not in names:
-            fail(f"--set {text}: {owner} is none of the scripts, {', '.join(names)}")
+    scripts = [method.name for method in methods]
+    if owner and owner not in scripts:
+        fail(f"--set {text}: {owner} is none of the scripts, {', '.join(scripts)}")
+    return Setting(owner, f"--{name.replace('_', '-')}", values.split(","))
 
 
 def combinations(settings, method):
     """The flags of every combination of the settings that are for the method."""
     choices = []
-    for text in settings:
-        setting = parse_setting(text)
+    for setting in settings:
         if setting.owner in ("", method.name):
             choices.append([[setting.flag, value] for value in setting.values])
     return [sum(chosen, []) for chosen in itertools.product(*choices)]
@@ -444,8 +439,7 @@ def state_of(job, progress):
     return "failed"
 
 
-def why_failed(out, job):
-    code = (job.run_folder / "exit").read_text() or "that is not in its file `exit`"
+def why_failed(out, job, code):
     return f"job {job.id} has failed with status {code}: {last_line(out, job)}"
 
 
@@ -463,7 +457,8 @@ def log_path(out, job):
 
 def status(args):
     """A line a job, and the totals."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for status OUT | head
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for status OUT | head
     counts = {}
     for job in read_jobs(args.out).values():
         progress = progress_of(job)
@@ -473,7 +468,8 @@ def status(args):
         step = f"{progress.step}/{progress.last_step}" if progress.last_step else ""
         print(f"{job.id:5}  {state:8} {step:18} {success:14} {describe(job)}")
         if state == "failed":
-            print(f"       {why_failed(args.out, job)}")
+            code = (job.run_folder / "exit").read_text() or "unknown (its file `exit` is empty)"
+            print(f"       {why_failed(args.out, job, code)}")
     print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
 
 
@@ -586,8 +582,12 @@ def run_script(out, job, lock):
             code = child.wait(timeout=TOUCH_EVERY)
         except subprocess.TimeoutExpired:
             continue
-        # Killed by a signal, a process has its negative number; a shell says 128 + number.
-        return 128 - code if code < 0 else code
+        return shell_status(code)
+
+
+def shell_status(code):
+    """Killed by a signal, a process has its negative number; a shell says 128 + number."""
+    return 128 - code if code < 0 else code
 
 
 def words_to_run(job):
@@ -715,7 +715,7 @@ def tell_end(out, job, code, stops):
         return "elsewhere"
     if stops:
         return "stopped"
-    tqdm.write(why_failed(out, job))
+    tqdm.write(why_failed(out, job, shell_status(code)))
     return "failed"
 
 
@@ -795,6 +795,7 @@ def kind_of(job):
 def measure_speed(args, job):
     """(updates a second, updates of the whole job), by the job itself in a folder of its own."""
     folder = args.out / "timing"
+    shutil.rmtree(folder, ignore_errors=True)  # of a measurement that was cut short
     line = [*words_to_run(job), "--run-dir", str(folder), "--log-every", "10"]
     log_path = args.out / "timing.log"
     with log_path.open("wb") as log:
