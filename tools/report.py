@@ -176,7 +176,7 @@ def settings_of(record):
 def own_settings(record):
     """The settings that its script takes by itself on its environment; {} if it can't be loaded."""
     path = Path(record["script"])
-    places = [place for place in (path, *ROOT.glob(path.name), *ROOT.glob(f"*/{path.name}"))]
+    places = (path, *ROOT.glob(path.name), *ROOT.glob(f"*/{path.name}"))
     found = [place for place in places if place.exists()]
     if not found:
         return {}
@@ -367,7 +367,7 @@ def steps_of(results, key):
     """The steps that all runs of a curve have; but for those that ended early, if not all did."""
     seeds = by_seed(key, results.curves[key])
     ended = [values for seed, values in seeds.items() if (key, seed) not in results.unfinished]
-    return set.intersection(*map(set, ended or seeds.values()))
+    return set.intersection(set(points_of(key, results.curves[key])), *(ended or seeds.values()))
 
 
 def last_common_step(results, task):
@@ -732,10 +732,10 @@ def where_compared(results):
     steps = {}
     for key in results.curves:
         step = last_common_step(results, key.task)
-        steps[key.task] = "each method's own last step: none is common" if not step else f"{step:,}"
+        steps[key.task] = f"at step {step:,}" if step else "at each method's own last step"
     if len(set(steps.values())) == 1:
-        return f"at step {set(steps.values()).pop()}"
-    return "at step " + ", ".join(f"{step} ({task})" for task, step in steps.items())
+        return steps[key.task]
+    return ", ".join(f"{words} ({task})" for task, words in steps.items())
 
 
 def domain_of(task):
