@@ -111,6 +111,7 @@ def test_a_setting_of_one_script_and_a_relative_path(tmp_path):
     "words, says",
     [
         ("--tasks scene-play-task1 --hidden-dim 8", "no --hidden-dim; the nearest that it has is"),
+        ("--tasks scene-play-task1 --set kl=1", "no --kl; a flag of one script is given as"),
         ("--tasks scene-play-task1 --tau x", "does not take"),
         ("--tasks scene-play --set fql.py:alpha=1", "fql.py is none of the scripts"),
         ("--tasks scene-play-task9", "does not take"),

@@ -314,17 +314,12 @@ def combinations(settings, method):
 def check_flags(script, words):
     """Let the script read its flags. They come back with absolute paths: jobs run anywhere."""
     module = load(script)
-    known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Args)]
     checked = []
     for word in words:
         checked += word.split("=", 1) if word.startswith("--") else [word]
     for word in checked:
-        flag = word.replace("_", "-")
-        if flag in ("--seed", "--run-dir"):
-            fail("plan sets --seed and --run-dir: seeds 1, 2, .. (for others edit jobs.csv)")
-        if flag.startswith("--") and flag.replace("--no-", "--") not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0)[0]
-            fail(f"{script.name} has no {word}; the nearest that it has is {nearest}")
+        if word.startswith("--"):
+            check_name(script, word, dataclasses.fields(module.Args))
     try:
         args = tyro.cli(module.Args, args=checked)
         domain, _, _ = module.parse_env_id(args.env_id)
@@ -337,6 +332,19 @@ def check_flags(script, words):
         if word.startswith("--") and isinstance(value, str) and os.path.isabs(value):
             checked[i + 1] = value
     return checked
+
+
+def check_name(script, flag, fields):
+    """Refuse a flag that the script does not have, and name the nearest one."""
+    known = [field.name.replace("_", "-") for field in fields]
+    name = flag.removeprefix("--").removeprefix("no-").replace("_", "-")
+    if name in ("seed", "run-dir"):
+        fail("plan sets --seed and --run-dir: seeds 1, 2, .. (for others edit jobs.csv)")
+    if name not in known:
+        hint = f"a flag of one script is given as --set SCRIPT:{name}=VALUE"
+        for nearest in difflib.get_close_matches(name, known, n=1):
+            hint = f"the nearest that it has is --{nearest}"
+        fail(f"{script.name} has no {flag}; {hint}")
 
 
 def load(script):
