@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import read_rows
+from conftest import ROOT, read_rows
 from refusals import refusal
 
 from tools import report
@@ -18,6 +21,28 @@ def make_report(output, *runs, **options):
     """The text of report.md."""
     report.main(report.Args(runs=list(runs), output=output, **options))
     return (output / "report.md").read_text()
+
+
+def write_run(folder, like, last=100, success=0.5, **changes):
+    """A run's folder, evaluated at 20, 40, .. `last` of 100 steps: 0.1, then `success`."""
+    record = json.loads((like / "args.json").read_text())
+    record.update({"seed": 1, "offline_steps": 100, **changes})
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(record))
+    lines = ["step,seed,phase,success_rate,return,length"]
+    for step in range(20, last + 1, 20):
+        lines.append(f"{step},{record['seed']},offline,{success if step > 20 else 0.1},-1,1")
+    (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def cells(text, *first):
+    """The cells of the row of a table that begins with these."""
+    for line in text.splitlines():
+        words = [word.strip() for word in line.strip("|").split("|")]
+        if tuple(words[: len(first)]) == first:
+            return words
+    raise AssertionError(text)
 
 
 def write_published(path, seeds, shift=0.0, methods=("QAM", "FQL"), tasks=(1, 2)):
@@ -71,15 +96,143 @@ def test_an_unfinished_run_is_marked(finished_run, tmp_path):
     record = json.loads((run / "args.json").read_text())
     record["offline_steps"] = 90
     (run / "args.json").write_text(json.dumps(record))
-    assert "seed 1: unfinished, at step 60 of 90." in make_report(tmp_path / "report", run)
+    assert "seed 1: unfinished, at step 60 of 90;" in make_report(tmp_path / "report", run)
     (tmp_path / "exit").write_text("1")
-    assert "seed 1: failed, at step 60 of 90." in make_report(tmp_path / "report", run)
+    assert "seed 1: failed, at step 60 of 90;" in make_report(tmp_path / "report", run)
+
+
+def test_methods_are_compared_at_one_step(finished_run, tmp_path, capsys):
+    """Without the runs that ended before, and without those that have no evaluation."""
+    runs = []
+    for task in (1, 2):
+        for script, success in (("qam_offline", 0.5), ("fql", 0.6)):
+            for seed in (1, 2, 3):
+                changes = {"env_id": f"cube-single-play-task{task}", "script": f"/x/{script}.py"}
+                last = 20 if (task, script, seed) == (1, "fql", 2) else 100
+                folder = tmp_path / f"{task}-{script}-{seed}"
+                changes["seed"] = seed
+                runs.append(write_run(folder, finished_run, last, success, **changes))
+    runs.append(write_run(tmp_path / "new", finished_run, last=0, seed=4))
+    text = make_report(tmp_path / "report", *runs)
+    assert f"Left out, for it has no evaluation yet: {runs[-1]}" in text
+    assert "FQL, seed 2: unfinished, at step 20 of 100; means beyond are without it." in text
+    assert cells(text, "cube-single-play-task1", "FQL")[2:5] == [
+        "100",
+        "0.60 [0.60, 0.60]",
+        "0.60, 0.60",
+    ]
+    assert "## By domain, at step 100" in text
+    assert "## Over 2 tasks, at step 100" in text
+    assert cells(text, "FQL")[1] == "**0.60 [0.60, 0.60]**"
+    # A results.csv knows no last step; its seeds tell.
+    again = make_report(tmp_path / "again", tmp_path / "report/results.csv")
+    assert again.partition("## ")[2] == text.partition("## ")[2]
+    assert "written: " in capsys.readouterr().out
+
+    # All that is left of task 1 has been evaluated until step 20: so methods are compared there.
+    shorter = write_run(tmp_path / "shorter", finished_run, 20, seed=1, offline_steps=20)
+    longer = write_run(tmp_path / "longer", finished_run, tau=0.5)
+    text = make_report(tmp_path / "two", shorter, longer)
+    assert [row.split("|")[3].strip() for row in text.splitlines() if "| QAM " in row] == [
+        "20",
+        "20",
+        "100",
+    ]
+
+
+def test_nothing_evaluated_is_said(finished_run, tmp_path, capsys):
+    run = write_run(tmp_path / "run", finished_run, last=0)
+    args = report.Args(runs=[run], output=tmp_path)
+    assert "nothing has been evaluated yet" in refusal(capsys, report.main, args)
+
+
+def test_what_differs(finished_run, tmp_path):
+    """Other data does; what each script takes by itself does not; what was chosen does."""
+    data = json.loads((finished_run / "args.json").read_text())["data"]
+    other = {**data, "crcs": [[1, 2, 3]]}
+    qam = write_run(tmp_path / "qam", finished_run, max_grad_norm=1.0)
+    fql = {"script": str(ROOT / "baselines/fql.py"), "max_grad_norm": 1e12}
+    fql = write_run(tmp_path / "fql", finished_run, **fql)
+    assert "the runs differ" not in make_report(tmp_path / "report", qam, fql)
+    chosen = write_run(tmp_path / "chosen", finished_run, max_grad_norm=5.0, tau=0.5, data=other)
+    text = make_report(tmp_path / "report", qam, fql, chosen)
+    assert "the runs differ in tau, max_grad_norm, data;" in text
+    assert len({row["setting"] for row in read_rows(tmp_path / "report/results.csv")}) == 3
+
+
+def test_online_runs_are_called_so(finished_run, tmp_path):
+    runs = []
+    for name in ("qam_offline_to_online", "fql_offline_to_online"):
+        runs.append(write_run(tmp_path / name, finished_run, script=f"/x/{name}.py"))
+    text = make_report(tmp_path / "report", *runs)
+    assert "| QAM online |" in text
+    assert "| FQL online |" in text
+
+
+def read_fake(tmp_path, like, changes):
+    runs = []
+    for i, change in enumerate(changes):
+        runs.append(write_run(tmp_path / f"run{i}", like, **change))
+    return report.read_results(report.Args(runs=runs, output=tmp_path))
+
+
+def test_long_labels_leave_room_for_the_plot(finished_run, tmp_path):
+    changes = [{"tau": 0.1}, {"learning_rate": 0.1}, {"batch_size": 7}, {"hidden_dims": [9] * 9}]
+    results = read_fake(tmp_path, finished_run, changes)
+    styles = report.line_styles(results.names.values())
+    task = next(iter(results.curves)).task
+    figure = report.draw_success(results, [task], styles, False, "a long title " * 9)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_position().width > 0.7
+    assert axes.get_position().height > 0.4
+    for text in [figure._suptitle, *figure.legends[0].get_texts()]:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_one_point_can_be_seen(finished_run, tmp_path):
+    results = read_fake(tmp_path, finished_run, [{"last": 20}])
+    styles = report.line_styles(results.names.values())
+    task = next(iter(results.curves)).task
+    figure = report.draw_success(results, [task], styles, False, "")
+    assert "o" in [line.get_marker() for line in figure.axes[0].get_lines()]
+
+
+def test_many_methods_have_a_panel_each(finished_run, tmp_path):
+    changes = [{"tau": i / 10} for i in range(1, 9)]
+    results = read_fake(tmp_path, finished_run, changes)
+    args = report.Args(runs=[], output=tmp_path)
+    task = next(iter(results.curves)).task
+    assert report.draw_figures(args, results, [task]) == ["success.png"]
+    figure = report.draw_one_by_one(results, task, False, "")
+    titles = {axes.get_title() for axes in figure.axes}
+    assert titles >= set(results.names.values())
+    assert all(len(axes.get_lines()) >= 2 for axes in figure.axes[:8])  # QAM's, and its own
+
+
+def test_any_title_in_any_locale(finished_run, tmp_path):
+    run = write_run(tmp_path / "run", finished_run)
+    line = [
+        sys.executable,
+        ROOT / "tools/report.py",
+        run,
+        "-o",
+        tmp_path,
+        "--title",
+        r"$\foo$ größer",
+    ]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(line, env={**os.environ, **plain}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert r"# $\foo$ größer" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_runs_that_differ_are_not_averaged(finished_run, tmp_path, capsys):
     other = shutil.copytree(finished_run, tmp_path / "other")
     args = report.Args(runs=[finished_run, other], output=tmp_path)
-    assert "two runs of seed 1 have the same settings" in refusal(capsys, report.main, args)
+    words = refusal(capsys, report.main, args)
+    assert f"{finished_run} and {other} are two runs of seed 1 with the same settings" in words
     record = json.loads((other / "args.json").read_text())
     record["tau"] = 0.5
     (other / "args.json").write_text(json.dumps(record))

@@ -164,6 +164,19 @@ def test_evaluate_takes_another_checkpoint(finished_run, tmp_path):
     assert sorted(finished_run.iterdir()) == before
 
 
+def test_evaluate_leaves_out_a_run_without_a_checkpoint(finished_run, tmp_path):
+    """One among many is named; alone it is an error."""
+    shutil.copy(finished_run / "args.json", tmp_path)
+    line = [sys.executable, ROOT / "tools/evaluate.py", tmp_path, "--episodes", "1"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "checkpoint.msgpack is not there" in done.stderr
+    done = subprocess.run([*line, finished_run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path} is left out" in done.stderr
+    assert done.stdout.count("seed 1 policy") == 1
+
+
 # ---------------------------------------------------------------------- tools/collect_dataset.py
 
 

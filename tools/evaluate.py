@@ -258,9 +258,16 @@ def main(args):
         fail("--checkpoint goes with one run")
     if not args.runs:
         fail("name at least one run folder")
-    for run in args.runs:
+    runs = [run.expanduser() for run in args.runs]
+    begun = [run for run in runs if (run / "args.json").exists()]
+    waiting = [run for run in begun if not (run / "checkpoint.msgpack").exists()]
+    if len(waiting) < len(runs):  # of a single run this is an error
+        for run in waiting:
+            say(f"{run} is left out: it has no checkpoint yet")
+            runs.remove(run)
+    for run in runs:
         try:
-            score(args, run.expanduser())
+            score(args, run)
         except (EOFError, ConnectionError):
             sys.exit(
                 "error: an environment process has died, perhaps for want of memory: see --envs"

@@ -9,32 +9,41 @@ Takes run folders, folders of tools/sweep.py, and the results.csv that it writes
 folder -o:
 
 results.csv     a row an evaluation of a seed
-report.md       what was read, final success by task and domain, aggregates, and the figures
-success.png     success over steps, a panel a task: the mean over seeds with its interval (with
-                at most seven curves), each seed thin, dashed the flow that imitates the data,
-                dotted where a run goes online; of several domains, a file each
+report.md       what was read, success by task and domain, aggregates, and the figures
+success.png     success over steps, a panel a task: the mean over seeds with its interval, each seed
+                thin, dashed the flow that imitates the data, dotted where a run goes online; of
+                several domains, a file each. From eight curves on a panel has one, and QAM's
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
-                probability that one method is better than another (arXiv 2108.13264)
+                probability that one method is better than another (arXiv 2108.13264); from eight
+                methods on, each one's interquartile mean
 
 Runs of one task, script and setting are seeds of one curve; the setting lists the arguments, and
-the size of the data, that differ among the runs of a task. Intervals hold 95 % of 2,000 bootstrap
-samples: seeds are drawn again, within each task. A run that has not come to its end is drawn as far
-as it went, and marked by a cross. Means over seeds go as far as all seeds do.
+the data, that differ among the runs of a task (and are not what each script takes by itself).
+Intervals hold 95 % of 2,000 bootstrap samples: seeds are drawn again, within each task. Tables
+compare at the last step that all runs of a task have. A run that has ended early is drawn as far as
+it went, marked by a cross, and left out of what comes after its end.
 """
 
 import collections
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
+import os
 import sys
+import textwrap
+import zlib
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, NamedTuple, NoReturn
 
+import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 # The paper's curves (arXiv 2601.14234, MIT license): TASK|METHOD -> success (30 evaluations at
@@ -77,7 +86,8 @@ METHODS = {
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MOST_BANDS = 7  # curves of a panel; with more their intervals would hide each other
+MOST_CURVES = 7  # of a panel; more would hide each other
+LONGEST_LABEL = 20  # letters beside a panel; longer ones stand below
 NUM_BOOTSTRAP = 2000
 # Of success: what an interval that tells agreement from difference must be within.
 CLOSE_ENOUGH = 0.1
@@ -125,43 +135,81 @@ class Key(NamedTuple):
 
 
 def find_runs(path):
-    """A run's folder as it is; of a sweep's folder, the run of each job."""
+    """A run's folder as it is; of a sweep's folder, the newest run of each job, if evaluated."""
     if not (path / "jobs.csv").exists():
         return [path]
     runs = []
     for job in sorted((path / "runs").glob("*")):
-        found = sorted(place.parent for place in job.glob("*/eval.csv"))
-        runs += found[-1:]
-    if not runs:
-        fail(f"{path}: no job has been evaluated yet")
+        found = sorted(place.parent for place in job.glob("*/args.json"))
+        evaluated = [run for run in found if (run / "eval.csv").exists()]
+        runs += (evaluated or found)[-1:]
     return runs
 
 
 def read_record(run):
     try:
-        record = json.loads((run / "args.json").read_text())
-        record["script"] = Path(record["script"]).stem
-        record["last_step"] = record["offline_steps"] + record.get("online_steps", 0)
-        record["env_id"]
+        record = json.loads((run / "args.json").read_text(encoding="utf-8"))
+        for name in ("script", "env_id", "offline_steps"):
+            record[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder (args.json: {error!r})")
     return record
 
 
+def last_step_of(record):
+    return record["offline_steps"] + record.get("online_steps", 0)
+
+
 def settings_of(record):
-    """Every argument that changes what is learned, and how much data there was."""
+    """Every argument that changes what is learned, and what the data was."""
     settings = {}
     for name, value in record.items():
         # Versions, the JAX settings and the data are dictionaries; arguments never are.
-        if name not in (*NOT_SETTINGS, "last_step") and not isinstance(value, dict):
+        if name not in NOT_SETTINGS and not isinstance(value, dict):
             settings[name] = value
-    if isinstance(record.get("data"), dict):
-        settings["transitions"] = record["data"].get("transitions")
+    data = record.get("data")
+    if isinstance(data, dict):
+        settings["data"] = f"{data.get('transitions')}"
+        if "crcs" in data:
+            settings["data"] += f"-{zlib.crc32(json.dumps(data['crcs']).encode()):08x}"
     return settings
 
 
-def find_differing(all_settings):
-    """The names that have several values among the runs that have them."""
+def own_settings(record):
+    """The settings that its script takes by itself on its environment; {} if it can't be loaded."""
+    path = Path(record["script"])
+    places = (path, *ROOT.glob(path.name), *ROOT.glob(f"*/{path.name}"))
+    found = [place for place in places if place.exists()]
+    if not found:
+        return {}
+    name = f"reported_{path.stem}"
+    try:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, found[0])
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return vars(sys.modules[name].Args(env_id=record["env_id"]))
+    except Exception:  # of a script that may be anybody's
+        return {}
+
+
+def find_differing(records):
+    """The settings that have several values, if not only because scripts differ by themselves."""
+    all_settings = [settings_of(record) for record in records]
+    differing = several_values(all_settings)
+    if not differing or len({record["script"] for record in records}) == 1:
+        return differing
+    own = {record["script"]: own_settings(record) for record in records}
+    for record, settings in zip(records, all_settings, strict=True):
+        for name, value in own[record["script"]].items():
+            if name in settings and json.dumps(settings[name]) == json.dumps(value):
+                settings[name] = "the script's own"
+    still = several_values(all_settings)
+    return [name for name in differing if name in still]
+
+
+def several_values(all_settings):
+    """The names that have several values among the settings that have them."""
     values = collections.defaultdict(set)
     for settings in all_settings:
         for name, value in settings.items():
@@ -183,15 +231,13 @@ def read_rows(path, curve):
     """The evaluations of a file. `curve`: what the rows of a run folder don't say themselves."""
     rows = []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 if curve:
                     line.update(curve, success=line["success_rate"])
                 rows.append({name: kind(line[name]) for name, kind in COLUMNS.items()})
     except (OSError, KeyError, TypeError, ValueError) as error:
         fail(f"{path} can't be read as evaluations: {error!r}")
-    if not rows:
-        fail(f"{path} has no evaluation")
     return rows
 
 
@@ -199,41 +245,76 @@ class Results(NamedTuple):
     curves: dict  # Key -> rows
     names: dict  # Key -> its method, with what tells it from others of the method on the task
     unfinished: dict  # (Key, seed) -> the step that it should come to, and what has become of it
-    differing: dict  # task -> names of the arguments that differ among its runs
+    differing: dict  # task -> names of the settings that differ among its runs
+    left_out: list  # run folders without an evaluation
 
 
 def read_results(args):
     """All curves of what is given."""
-    results = Results(collections.defaultdict(list), {}, {}, {})
-    runs = [run for path in args.runs if path.is_dir() for run in find_runs(path)]
-    records = [read_record(run) for run in runs]
-    for run, record in zip(runs, records, strict=True):
-        peers = [other for other in records if other["env_id"] == record["env_id"]]
-        names = find_differing([settings_of(peer) for peer in peers])
-        task = args.experiment or record["env_id"]
-        results.differing[task] = names
-        setting = describe(settings_of(record), names)
-        curve = {"experiment": task, "script": record["script"], "setting": setting}
-        rows = read_rows(run / "eval.csv", curve)
-        if (run / "behavior.csv").exists():
-            rows += read_rows(run / "behavior.csv", curve)
-        key = Key("", task, record["script"], setting)
-        results.curves[key] += rows
-        last = max(row["step"] for row in rows)
-        if last < record["last_step"]:
-            for seed in {row["seed"] for row in rows}:
-                results.unfinished[key, seed] = (record["last_step"], fate_of(run))
+    results = Results(collections.defaultdict(list), {}, {}, {}, [])
+    read_runs(args, results)
     for path in args.runs:
         if not path.is_dir():
-            for row in read_rows(path, {}):
-                key = Key(str(path), row["experiment"], row["script"], row["setting"])
-                results.curves[key].append(row)
-                names = [word.partition("=")[0] for word in key.setting.split()]
-                known = results.differing.setdefault(key.task, [])
-                known += [name for name in names if name not in known]
-    for key in results.curves:
+            read_table(path, results)
+    if not results.curves:
+        fail(f"nothing has been evaluated yet in {', '.join(map(str, args.runs))}")
+    for key, rows in results.curves.items():
+        if not by_seed(key, rows):
+            fail(f"{key.script} on {key.task} has a behavior flow and no policy")
         results.names[key] = name_of(key, results.curves)
     return results
+
+
+def read_runs(args, results):
+    """Add the runs of folders; a run without an evaluation is left out."""
+    records = {}
+    for run in [run for path in args.runs if path.is_dir() for run in find_runs(path)]:
+        record = read_record(run)
+        path = run / "eval.csv"
+        if path.exists() and len(path.read_text().splitlines()) > 1:
+            records[run] = record
+        else:
+            results.left_out.append(run)
+    by_env_id = collections.defaultdict(list)
+    for record in records.values():
+        by_env_id[record["env_id"]].append(record)
+    differing = {env_id: find_differing(peers) for env_id, peers in by_env_id.items()}
+
+    runs = {}  # (Key, seed) -> its folder
+    for run, record in records.items():
+        names = differing[record["env_id"]]
+        task = args.experiment or record["env_id"]
+        results.differing[task] = names
+        script = Path(record["script"]).stem
+        key = Key("", task, script, describe(settings_of(record), names))
+        curve = {"experiment": task, "script": script, "setting": key.setting}
+        rows = read_rows(run / "eval.csv", curve)
+        for seed in {row["seed"] for row in rows}:
+            other = runs.setdefault((key, seed), run)
+            if other != run:
+                words = "are two runs of seed {seed} with the same settings: leave one of them out"
+                fail(f"{other} and {run} {words.format(seed=seed)}")
+            if max(row["step"] for row in rows) < last_step_of(record):
+                results.unfinished[key, seed] = (last_step_of(record), fate_of(run))
+        if (run / "behavior.csv").exists():
+            rows += read_rows(run / "behavior.csv", curve)
+        results.curves[key] += rows
+
+
+def read_table(path, results):
+    """Add a results.csv. A seed in it that ends before the others of its curve has ended early."""
+    own = collections.defaultdict(list)
+    for row in read_rows(path, {}):
+        own[Key(str(path), row["experiment"], row["script"], row["setting"])].append(row)
+    results.curves.update(own)
+    for key, rows in own.items():
+        names = [word.partition("=")[0] for word in key.setting.split()]
+        known = results.differing.setdefault(key.task, [])
+        known += [name for name in names if name not in known]
+        ends = {seed: max(values) for seed, values in by_seed(key, rows).items()}
+        for seed, end in ends.items():
+            if end < max(ends.values()):
+                results.unfinished[key, seed] = (max(ends.values()), "unfinished")
 
 
 def fate_of(run):
@@ -254,8 +335,7 @@ def name_of(key, curves):
     for word in key.setting.split():
         if not all(word in peer.setting.split() for peer in peers):
             words.append(word)
-    others = {o.script for o in curves if o.task == key.task and o.method() == key.method()}
-    if key.script.endswith("_online") and len(others) > 1:
+    if key.script.endswith("_online") or any(row["phase"] == "online" for row in curves[key]):
         words.insert(0, "online")
     return " ".join([key.method(), *words])
 
@@ -268,16 +348,34 @@ def by_seed(key, rows, behavior=False):
             continue
         values = seeds[row["seed"]]
         if row["step"] in values:
-            fail(f"two runs of seed {row['seed']} have the same settings: {key.script}, {key.task}")
+            where = f"{key.source}: {key.script} {key.setting}, seed {row['seed']}"
+            fail(f"{where} has two rows of step {row['step']}: leave one of them out")
         values[row["step"]] = row["success"]
     return seeds
 
 
-def common_table(seeds):
-    """(steps that all seeds have come to, success (steps, seeds))."""
-    steps = sorted(set.intersection(*map(set, seeds.values())))
-    table = np.array([[values[step] for values in seeds.values()] for step in steps])
-    return steps, table.reshape(len(steps), len(seeds))
+def points_of(key, rows):
+    """step -> success (S,) of the seeds that have come so far, where all of those have the step."""
+    seeds = by_seed(key, rows).values()
+    points = {}
+    for step in sorted({step for values in seeds for step in values}):
+        so_far = [values for values in seeds if max(values) >= step]
+        if all(step in values for values in so_far):
+            points[step] = np.array([values[step] for values in so_far])
+    return points
+
+
+def steps_of(results, key):
+    """The steps that all runs of a curve have; but for those that ended early, if not all did."""
+    seeds = by_seed(key, results.curves[key])
+    ended = [values for seed, values in seeds.items() if (key, seed) not in results.unfinished]
+    return set.intersection(set(points_of(key, results.curves[key])), *(ended or seeds.values()))
+
+
+def last_common_step(results, task):
+    """At which the methods of a task are compared; None if they have no step in common."""
+    steps = [steps_of(results, key) for key in results.curves if key.task == task]
+    return max(set.intersection(*steps), default=None)
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -394,49 +492,102 @@ def stacked_axes(count, title):
     figure = Figure(figsize=(5.6, 3.4 * count), layout="constrained")
     axes = figure.subplots(count, 1, squeeze=False).ravel()
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(textwrap.fill(title, 70), fontsize=10)
     return figure, axes
 
 
 def draw_success(results, tasks, styles, published, title):
     """A panel a task."""
     figure, panels = stacked_axes(len(tasks), title)
+    names = list(dict.fromkeys(results.names[k] for k in results.curves if k.task in tasks))
+    labels_below = max(map(len, names)) > LONGEST_LABEL
     for axes, task in zip(panels, tasks, strict=True):
         ends = {}
         axes.set(ylim=(-0.03, 1.03), xlabel="gradient (online: environment) steps")
-        on_task = [key for key in results.curves if key.task == task]
-        for key, rows in results.curves.items():
+        for key in results.curves:
             if key.task == task:
                 name = results.names[key]
-                band = len(on_task) <= MOST_BANDS
-                end = draw_curve(axes, results, key, rows, styles[name], band)
+                end = draw_curve(axes, results, key, styles[name])
                 ends[name] = (end, styles[name].color)
-        if published:
-            draw_published(axes, results, task, styles)
+                if published:
+                    draw_published(axes, key, styles[name].color)
         axes.grid(alpha=0.25)
         axes.set_ylabel("success")
         if len(tasks) > 1 or not title:
-            axes.set_title(task, fontsize=10)
-        label_ends(axes, ends)
+            axes.set_title(textwrap.fill(task, 70), fontsize=10)
+        if not labels_below:
+            label_ends(axes, ends)
+    if labels_below:
+        list_below(figure, {name: styles[name] for name in names})
     return figure
 
 
-def draw_curve(axes, results, key, rows, line, band):
-    """Mean, seeds and, with `band`, the interval of one curve; the height of its end."""
+def list_below(figure, styles):
+    """The names of the lines below the panels, for which the figure grows."""
+    lines = []
+    names = []
+    for name, line in styles.items():
+        lines.append(Line2D([], [], color=line.color, linestyle=line.style))
+        names.append(textwrap.fill(name, 75))
+    height = figure.get_figheight() + 0.16 * sum(name.count("\n") + 1 for name in names)
+    figure.set_figheight(height)
+    figure.legend(lines, names, loc="outside lower left", fontsize=8, frameon=False)
+
+
+def draw_one_by_one(results, task, published, title):
+    """A panel a curve, best first, each with QAM's (its best) in gray."""
+    keys = [key for key in results.curves if key.task == task]
+    ends = {key: list(points_of(key, results.curves[key]).values())[-1].mean() for key in keys}
+    keys.sort(key=lambda key: -ends[key])
+    references = [key for key in keys if key.method() == "QAM"][:1]
+    num_rows = -(-len(keys) // 3)
+    figure = Figure(figsize=(5.6, 0.6 + 1.35 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 3, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, key in zip(panels, keys, strict=False):
+        for reference in references:
+            points = points_of(reference, results.curves[reference])
+            means = [scores.mean() for scores in points.values()]
+            axes.plot(list(points), means, color="0.6", linewidth=1.2)
+        name = results.names[key]
+        draw_curve(axes, results, key, Line(COLORS[0], "-"))
+        if published:
+            draw_published(axes, key, COLORS[0])
+        axes.set_title(textwrap.fill(name, 28), fontsize=8)
+        axes.tick_params(labelsize=7, labelbottom=axes in panels[len(keys) - 3 : len(keys)])
+        axes.grid(alpha=0.25)
+    panels[0].set(ylim=(-0.03, 1.03))
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].locator_params(axis="x", nbins=4)
+    for axes in panels[len(keys) :]:
+        axes.set_visible(False)
+    figure.suptitle(textwrap.fill(title or task, 70), fontsize=10)
+    words = "gradient (online: environment) steps"
+    for reference in references:
+        words += f"; gray: {results.names[reference]}"
+    figure.supxlabel(words, fontsize=8)
+    figure.supylabel("success", fontsize=8)
+    return figure
+
+
+def draw_curve(axes, results, key, line):
+    """Mean, interval and seeds of one curve; the height of its end."""
+    rows = results.curves[key]
     seeds = by_seed(key, rows)
-    if not seeds:
-        fail(f"{key.script} on {key.task} has a behavior flow and no policy")
-    steps, table = common_table(seeds)
+    points = points_of(key, rows)
+    steps = list(points)
+    means = [scores.mean() for scores in points.values()]
     color = line.color
-    if steps:
-        axes.plot(steps, table.mean(axis=1), color=color, linestyle=line.style, linewidth=1.8)
-    if steps and len(seeds) > 1 and band:
-        low, high = interval(resample(np.random.default_rng(0), table).mean(axis=-1))
+    marker = "o" if len(steps) == 1 else ""
+    axes.plot(steps, means, color=color, linestyle=line.style, marker=marker, linewidth=1.8)
+    if len(seeds) > 1:
+        rng = np.random.default_rng(0)
+        drawn = [interval(resample(rng, scores).mean(axis=-1)) for scores in points.values()]
+        low, high = np.array(drawn).T
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     for seed, values in seeds.items():
         reached = list(values)
-        alpha = 0.35 if band else 0.2
-        axes.plot(reached, list(values.values()), color=color, alpha=alpha, linewidth=0.7)
+        thin = {"color": color, "alpha": 0.35, "linewidth": 0.7}
+        axes.plot(reached, list(values.values()), marker="." if marker else "", **thin)
         if (key, seed) in results.unfinished:
             axes.plot(reached[-1], values[reached[-1]], "x", color=color, markersize=7)
     behavior = by_seed(key, rows, behavior=True)
@@ -446,33 +597,30 @@ def draw_curve(axes, results, key, rows, line, band):
     offline = [row["step"] for row in rows if row["phase"] == "offline"]
     if any(row["phase"] == "online" for row in rows):
         axes.axvline(max(offline, default=0), color="0.3", linestyle=":", linewidth=1)
-    return table[-1].mean() if steps else list(list(seeds.values())[0].values())[-1]
+    return means[-1]
 
 
-def draw_published(axes, results, task, styles):
+def draw_published(axes, key, color):
     """The paper's band, from the lowest to the highest of its seeds, and its mean."""
-    for key, name in results.names.items():
-        curve = published_curve(key)
-        if key.task == task and curve is not None:
-            steps = PUBLISHED_EVERY * np.arange(1, len(curve) + 1)
-            color = styles[name].color
-            axes.plot(steps, curve.mean(axis=1), color=color, linestyle="-.", linewidth=1)
-            axes.fill_between(steps, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.08)
+    curve = published_curve(key)
+    if curve is not None:
+        steps = PUBLISHED_EVERY * np.arange(1, len(curve) + 1)
+        axes.plot(steps, curve.mean(axis=1), color=color, linestyle="-.", linewidth=1)
+        axes.fill_between(steps, curve.min(axis=1), curve.max(axis=1), color=color, alpha=0.08)
 
 
 def draw_aggregate(rng, scores, curves, styles):
-    """aggregate.png: `scores` {name: [(S,) a task]}, `curves` {name: (steps, [(steps, S)])}."""
+    """aggregate.png: `scores` {name: [(S,) a task]}, `curves` {name: {step: [(S,) a task]}}."""
     figure, (over_steps, profile, better) = stacked_axes(3, "")
     ends = {}
-    for name, (steps, tables) in curves.items():
+    for name, points in curves.items():
         line = styles[name]
-        drawn = np.concatenate([resample(rng, table) for table in tables], axis=-1)
-        mean = interquartile_mean(np.concatenate(tables, axis=-1))
-        over_steps.plot(steps, mean, color=line.color, linestyle=line.style)
-        over_steps.fill_between(
-            steps, *interval(interquartile_mean(drawn)), color=line.color, alpha=0.18
-        )
-        ends[name] = (mean[-1], line.color)
+        means = [interquartile_mean(np.concatenate(by_task)) for by_task in points.values()]
+        drawn = [resample_tasks(rng, by_task) for by_task in points.values()]
+        low, high = np.array([interval(interquartile_mean(samples)) for samples in drawn]).T
+        over_steps.plot(list(points), means, color=line.color, linestyle=line.style)
+        over_steps.fill_between(list(points), low, high, color=line.color, alpha=0.18)
+        ends[name] = (means[-1], line.color)
     over_steps.set(ylim=(-0.03, 1.03), xlabel="steps", title="interquartile mean over tasks")
     label_ends(over_steps, ends)
 
@@ -497,6 +645,22 @@ def draw_aggregate(rng, scores, curves, styles):
     better.axvline(0.5, color="0.5", linewidth=1)
     better.set(yticks=range(len(pairs)), xlim=(0, 1), title="probability of improvement")
     better.set_yticklabels([f"{name} > {other}" for name, other in pairs], fontsize=8)
+    return figure
+
+
+def draw_dots(rng, scores):
+    """aggregate.png of many methods: each a dot, the best on top. `scores` as above."""
+    means = {name: interquartile_mean(np.concatenate(scores[name])) for name in scores}
+    names = sorted(scores, key=means.get)
+    figure = Figure(figsize=(5.6, 0.8 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        low, high = interval(interquartile_mean(resample_tasks(rng, scores[name])))
+        axes.plot([low, high], [i, i], color=COLORS[0], linewidth=4, alpha=0.4)
+        axes.plot(means[name], i, "o", color=COLORS[0])
+    axes.set(xlim=(-0.03, 1.03), xlabel="interquartile mean over tasks", yticks=range(len(names)))
+    axes.set_yticklabels([textwrap.fill(name, 40) for name in names], fontsize=8)
+    axes.grid(alpha=0.25)
     return figure
 
 
@@ -528,39 +692,52 @@ def with_interval(mean, low, high):
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def final_scores(results):
-    """{method: {task: success (S,) at the last step that all seeds of it have}}."""
+def scores_to_compare(results):
+    """{method: {task: success (S,) at the last step that all runs of the task have}}."""
     scores = collections.defaultdict(dict)
     for key, rows in results.curves.items():
-        steps, table = common_table(by_seed(key, rows))
-        if steps:
-            scores[results.names[key]][key.task] = table[-1]
+        points = points_of(key, rows)
+        step = last_common_step(results, key.task) or max(points)
+        scores[results.names[key]][key.task] = points[step]
     return scores
 
 
 def table_of_tasks(results):
-    """Final success of every curve."""
-    rng = np.random.default_rng(0)
+    """Success at the step of the comparison and, of a curve that goes on, at its own end."""
     rows = []
     for key, evaluations in results.curves.items():
-        name = results.names[key]
-        steps, table = common_table(by_seed(key, evaluations))
-        if not steps:
-            rows.append((key.task, name, "none", "", "", "", "", key.setting))
-            continue
-        last = table[-1]
-        text = f"{last.mean():.2f}"
-        if len(last) > 1:
-            text = with_interval(last.mean(), *interval(resample(rng, last).mean(axis=-1)))
-        seeds = ", ".join(f"{score:.2f}" for score in last)
-        behavior = by_seed(key, evaluations, behavior=True)
-        flows = [f"{list(values.values())[-1]:.2f}" for values in behavior.values()]
-        ends = [line for line in evaluations if line["step"] == steps[-1]]
-        returns = [line["return"] for line in ends if line["phase"] != "behavior"]
-        row = (key.task, name, f"{steps[-1]:,}", text, seeds, ", ".join(flows))
-        rows.append((*row, f"{np.mean(returns):.4g}", key.setting))
+        own_last = max(steps_of(results, key), default=max(points_of(key, evaluations)))
+        steps = {last_common_step(results, key.task) or own_last, own_last}
+        rows += [row_of_task(results, key, step) for step in sorted(steps)]
     header = ("task", "method", "step", "success", "seeds", "behavior flow", "return", "setting")
     return markdown_table(header, rows)
+
+
+def row_of_task(results, key, step):
+    rng = np.random.default_rng(0)
+    evaluations = results.curves[key]
+    scores = points_of(key, evaluations)[step]
+    text = f"{scores.mean():.2f}"
+    if len(scores) > 1:
+        text = with_interval(scores.mean(), *interval(resample(rng, scores).mean(axis=-1)))
+    seeds = ", ".join(f"{score:.2f}" for score in scores)
+    behavior = by_seed(key, evaluations, behavior=True)
+    flows = ", ".join(f"{list(values.values())[-1]:.2f}" for values in behavior.values())
+    there = [line for line in evaluations if line["step"] == step and line["phase"] != "behavior"]
+    total = np.mean([line["return"] for line in there])
+    name = results.names[key]
+    return (key.task, name, f"{step:,}", text, seeds, flows, f"{total:.4g}", key.setting)
+
+
+def where_compared(results):
+    """The steps of the comparison, in words."""
+    steps = {}
+    for key in results.curves:
+        step = last_common_step(results, key.task)
+        steps[key.task] = f"at step {step:,}" if step else "at each method's own last step"
+    if len(set(steps.values())) == 1:
+        return steps[key.task]
+    return ", ".join(f"{words} ({task})" for task, words in steps.items())
 
 
 def domain_of(task):
@@ -622,8 +799,7 @@ def table_of_published(results):
         curve = published_curve(key)
         if curve is None:
             continue
-        steps, table = common_table(by_seed(key, evaluations))
-        for step, ours in zip(steps, table, strict=True):
+        for step, ours in points_of(key, evaluations).items():
             place = step // PUBLISHED_EVERY - 1
             if step % PUBLISHED_EVERY or not 0 <= place < len(curve):
                 continue
@@ -648,8 +824,10 @@ def what_was_read(results):
             parts.append(f"- {task}: the runs differ in {', '.join(names)}; never averaged over.")
     for (key, seed), (last, fate) in results.unfinished.items():
         reached = max(by_seed(key, results.curves[key])[seed])
-        words = f"{fate}, at step {reached:,} of {last:,}"
+        words = f"{fate}, at step {reached:,} of {last:,}; means beyond are without it"
         parts.append(f"- {key.task}, {results.names[key]}, seed {seed}: {words}.")
+    for run in results.left_out:
+        parts.append(f"- Left out, for it has no evaluation yet: {run}")
     return "\n".join(parts) or "All runs have come to their end."
 
 
@@ -657,34 +835,38 @@ def what_was_read(results):
 
 
 def write_results(path, results):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         for rows in results.curves.values():
             writer.writerows(rows)
 
 
-def aggregate(args, results, styles, parts):
-    """Over the tasks that all methods have, if there are two or more."""
+def aggregate(args, results, parts):
+    """Over the tasks that all methods have, if there are two or more. Returns its figure's name."""
     rng = np.random.default_rng(0)
-    scores = final_scores(results)
+    scores = scores_to_compare(results)
     tasks = shared_tasks(scores)
     if len(tasks) < 2:
-        return
+        return []
     by_method = {name: [by_task[task] for task in tasks] for name, by_task in scores.items()}
-    tables = collections.defaultdict(dict)
+    points = collections.defaultdict(dict)
     for key, rows in results.curves.items():
         if key.task in tasks:
-            tables[results.names[key]][key.task] = common_table(by_seed(key, rows))
+            points[results.names[key]][key.task] = points_of(key, rows)
     curves = {}
-    for name, by_task in tables.items():
-        steps = sorted(set.intersection(*(set(steps) for steps, _ in by_task.values())))
-        kept = [table[np.isin(reached, steps)] for reached, table in by_task.values()]
+    for name, by_task in points.items():
+        steps = sorted(set.intersection(*map(set, by_task.values())))
         if steps:
-            curves[name] = (steps, kept)
-    parts.append(f"## Over {len(tasks)} tasks\n\n" + table_of_aggregates(rng, by_method))
+            curves[name] = {step: [own[step] for own in by_task.values()] for step in steps}
+    table = table_of_aggregates(rng, by_method)
+    parts.append(f"## Over {len(tasks)} tasks, {where_compared(results)}\n\n{table}")
     parts.append("![aggregates](aggregate.png)")
-    draw_aggregate(rng, by_method, curves, styles).savefig(args.output / "aggregate.png", dpi=140)
+    figure = draw_dots(rng, by_method)
+    if len(by_method) <= MOST_CURVES:
+        figure = draw_aggregate(rng, by_method, curves, line_styles(scores))
+    figure.savefig(args.output / "aggregate.png", dpi=140)
+    return ["aggregate.png"]
 
 
 def published_scores(place):
@@ -711,42 +893,62 @@ def report_published(args):
         ranked = sorted(by_method, key=lambda name: -np.concatenate(by_method[name]).mean())
         table = table_of_aggregates(rng, {name: by_method[name] for name in ranked})
         parts.append(f"## After {words}\n\n{table}")
-    write_report(args, parts)
+    write_report(args, parts, [])
 
 
-def write_report(args, parts):
+def write_report(args, parts, names):
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "report.md"
-    path.write_text("\n\n".join(parts) + "\n")
-    print(path.read_text())
+    text = "\n\n".join(parts) + "\n"
+    path.write_text(text, encoding="utf-8")
+    print(text)
+    print("written: " + ", ".join(str(args.output / name) for name in ["report.md", *names]))
+
+
+def draw_figures(args, results, tasks):
+    """success.png, or several; returns their names."""
+    styles = line_styles(dict.fromkeys(results.names.values()))
+    figures = {}  # what distinguishes their names: figure
+    for domain in dict.fromkeys(map(domain_of, tasks)):
+        chosen = [task for task in tasks if domain_of(task) == domain]
+        counts = [sum(key.task == task for key in results.curves) for task in chosen]
+        if max(counts) <= MOST_CURVES:
+            figures[domain] = draw_success(results, chosen, styles, args.published, args.title)
+        else:
+            for task in chosen:
+                figures[task] = draw_one_by_one(results, task, args.published, args.title)
+    names = []
+    for part, figure in figures.items():
+        names.append(f"success_{part}.png" if len(figures) > 1 else "success.png")
+        figure.savefig(args.output / names[-1], dpi=140)
+    return names
 
 
 def main(args):
+    # A console may not know every letter, and what it passed on may be bytes that it did not know.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    args.title = os.fsencode(args.title).decode(errors="replace")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ is a dollar
     if args.published_only:
         return report_published(args)
     if not args.runs:
         fail("no run folder, sweep folder or results.csv is given")
     results = read_results(args)
     tasks = list(dict.fromkeys(key.task for key in results.curves))
-    names = list(dict.fromkeys(results.names.values()))
-    styles = line_styles(names)
     parts = [f"# {args.title or ', '.join(tasks)}", what_was_read(results)]
-    parts.append("## Success at the end\n\n" + table_of_tasks(results))
+    parts.append("## Success\n\n" + table_of_tasks(results))
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_results(args.output / "results.csv", results)
-        for domain in dict.fromkeys(map(domain_of, tasks)):
-            chosen = [task for task in tasks if domain_of(task) == domain]
-            name = f"success_{domain}.png" if len(chosen) < len(tasks) else "success.png"
-            figure = draw_success(results, chosen, styles, args.published, args.title)
-            figure.savefig(args.output / name, dpi=140)
-            parts.append(f"![success over steps]({name})")
+        names = draw_figures(args, results, tasks)
+        parts += [f"![success over steps]({name})" for name in names]
         if len(tasks) > 1:
-            parts.append("## By domain\n\n" + table_of_domains(final_scores(results)))
-            aggregate(args, results, styles, parts)
+            table = table_of_domains(scores_to_compare(results))
+            parts.append(f"## By domain, {where_compared(results)}\n\n{table}")
+            names += aggregate(args, results, parts)
         if args.published:
             parts.append("## Beside the paper\n\n" + table_of_published(results))
-        write_report(args, parts)
+        write_report(args, parts, ["results.csv", *names])
     except OSError as error:
         fail(str(error), status=1)
 

@@ -8,19 +8,24 @@
     python tools/sweep.py status OUT
 
 plan writes OUT/jobs.csv, a row a job: id, command, run folder. It is yours to read and edit. A job
-is a command of a script; its folder holds the run that the command makes, and beside it `alive`,
-touched while the job works, and `exit`, its exit status when it has ended. OUT/logs has what the
-jobs print. Nothing else is remembered: whatever starts a job again, here or on a cluster, goes on
-with its run from the last checkpoint, to the bit, and leaves out what is done.
+is a command of a script; its folder holds the run that the command makes, and beside it `command`,
+as the script has taken it, `alive`, touched while the job works, and `exit`, its exit status when
+it has ended. OUT/logs has what the jobs print, OUT/compiled what they have compiled. Nothing else
+is remembered: whatever starts a job again, here or on a cluster, goes on with its run from the last
+checkpoint, to the bit, and leaves out what is done.
 """
 
+import collections
 import csv
 import dataclasses
-import fcntl
+import difflib
+import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -33,6 +38,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_ONLINE = ROOT / "tools/make_online.py"
@@ -72,7 +82,11 @@ PAPER_SEEDS = 12
 TASKS_OF_A_DOMAIN = 5
 STALE_AFTER = 600  # seconds without a sign of life
 TOUCH_EVERY = 30  # seconds
-STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+STOPPED = ("130", "138", "143")  # exit statuses after SIGINT, SIGUSR1, SIGTERM
+ELSEWHERE = 75  # exit status of `job` where another process runs it
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+GPU_MEMORY = 0.75  # the part of it that a JAX process takes by itself
+STEPS = {"--offline-steps": "offline_steps", "--online-steps": "online_steps"}  # in args.json
 OutFolder = Annotated[Path, tyro.conf.Positional]
 
 
@@ -81,11 +95,11 @@ class Plan:
     """Write OUT/jobs.csv. Flags that are not listed here go to the scripts."""
 
     out: OutFolder
-    scripts: tuple[str, ...] = ()  # one or more, each with flags of its own if in quotes
+    scripts: tuple[str, ...] = ()  # one or more
     tasks: tuple[str, ...] = ()  # domains (their five tasks each), or tasks
     seeds: int = 3  # seeds 1, 2, .. of each
     num_seeds: int = 1  # seeds that a job trains side by side on its device
-    set: tuple[str, ...] = ()  # NAME=VALUE,VALUE: a job for every value; several are crossed
+    set: tuple[str, ...] = ()  # NAME=VALUE,VALUE or SCRIPT:NAME=VALUE,VALUE: a job for every value
     online: bool = False  # the offline-to-online version of each script
     preset: Literal["none", "paper"] = "none"  # paper: its methods, tasks and number of seeds
 
@@ -129,13 +143,11 @@ class Status:
 
 @dataclasses.dataclass
 class Job:
-    """Run one job to its end; what `run` and the array do."""
+    """Run one job until it ends; what `run` and the array do."""
 
     out: OutFolder
     id: tyro.conf.Positional[int]
-    retries: int = 1
     cores: str | None = None  # of this machine, 0,1,2
-    gpu: str | None = None  # CUDA_VISIBLE_DEVICES
 
 
 class Row(NamedTuple):
@@ -151,19 +163,49 @@ def fail(message, status=2):
 
 
 def read_jobs(out):
-    """{id: Row} of OUT/jobs.csv."""
+    """{id: Row} of OUT/jobs.csv. It is edited by hand, so each row is looked at."""
     path = out / "jobs.csv"
-    jobs = {}
     try:
         with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                job = Row(int(line["id"]), line["command"], Path(line["run_folder"]))
-                jobs[job.id] = job
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            lines = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
         fail(f"{path} can't be read ({error!r}): make it with `sweep.py plan`")
+    jobs = {}
+    folders = set()
+    for line in lines:
+        where = f"{path}, the row with id {line.get('id')}"
+        try:
+            job = Row(int(line["id"]), line["command"], Path(line["run_folder"]))
+            flags = flags_of(job.command)
+            for name in STEPS:
+                int(flags.get(name, "0"))
+        except (KeyError, TypeError, ValueError) as error:
+            fail(f"{where} can't be read: {error!r}")
+        if flags.get("--run-dir") != str(job.run_folder):
+            fail(f"{where}: its command needs --run-dir {job.run_folder}, its run_folder")
+        if job.id in jobs:
+            fail(f"{where}: another row has that id")
+        if job.run_folder in folders:
+            fail(f"{where}: another row has its run_folder")
+        folders.add(job.run_folder)
+        jobs[job.id] = job
     if not jobs:
         fail(f"{path} has no job")
     return jobs
+
+
+def flags_of(command):
+    """{"--hidden-dims": "128 128"} of a command; of a flag given twice the last holds."""
+    flags = {}
+    name = ""
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            name = name.replace("_", "-")
+            flags[name] = value
+        elif name:
+            flags[name] = f"{flags[name]} {word}".strip()
+    return flags
 
 
 # -------------------------------------------------------------------------------------------- plan
@@ -176,7 +218,7 @@ def plan(args, flags):
     seeds = args.seeds
     if args.preset == "paper":
         methods = (*PAPER_SCRIPTS, PAPER_ONLINE) if args.online else PAPER_SCRIPTS
-        scripts = scripts or [f"{ROOT}/{method}" for method in methods]
+        scripts = scripts or [f"{shlex.quote(str(ROOT))}/{method}" for method in methods]
         tasks = tasks or PAPER_DOMAINS
         seeds = PAPER_SEEDS
     if not scripts or not tasks:
@@ -186,19 +228,19 @@ def plan(args, flags):
     if (args.out / "jobs.csv").exists():
         fail(f"{args.out} has a plan: edit its jobs.csv, or name another folder")
 
-    scripts = [find_script(name, args.online) for name in scripts]
+    methods = [find_method(words, args.online) for words in scripts]
     tasks = [task for name in tasks for task in tasks_of(name)]
-    first_seeds = range(1, seeds + 1, args.num_seeds)
+    settings = [parse_setting(text, methods) for text in args.set]
+    kinds = []
+    for method, task in itertools.product(methods, tasks):
+        for own in combinations(settings, method):
+            words = ["--env-id", task, *method.flags, *own, *flags]
+            kinds.append((method.script, check_flags(method.script, words)))
     out = args.out.resolve()
     jobs = []
-    for method, task, own in itertools.product(scripts, tasks, combinations(args.set)):
-        script, own_flags = method
-        kind = ["--env-id", task, *own_flags, *own, *flags]
-        if "--seed" in kind or "--run-dir" in kind:
-            fail("plan sets --seed and --run-dir: seeds 1, 2, .. (for others edit jobs.csv)")
-        check_flags(script, kind)
-        for seed in first_seeds:
-            line = ["python", str(script), *kind, "--seed", str(seed)]
+    for script, words in kinds:
+        for seed in range(1, seeds + 1, args.num_seeds):
+            line = ["python", str(script), *words, "--seed", str(seed)]
             if args.num_seeds > 1:
                 line += ["--num-seeds", str(args.num_seeds)]
             folder = out / "runs" / f"{len(jobs):05d}"
@@ -212,20 +254,26 @@ def plan(args, flags):
     print(f"{out / 'jobs.csv'}: {len(jobs)} jobs, {len(jobs) * args.num_seeds} runs")
 
 
-def find_script(words, online):
-    """(path of a script, its flags); its online version is made if that is wanted."""
-    name, *flags = shlex.split(words)
+class Method(NamedTuple):
+    name: str  # of the script that was named
+    script: Path  # its online version, if that is wanted
+    flags: list
+
+
+def find_method(words, online):
+    """A script, which in quotes may have flags. Its online version is made if that is wanted."""
+    name, *flags = [words] if Path(words).exists() else shlex.split(words)
     script = Path(name).expanduser().resolve()
     if not script.exists():
         fail(f"there is no script {name}")
     if not online:
-        return script, flags
+        return Method(script.name, script, flags)
     if script.name == "qam_offline.py":
-        return script.with_name("qam_offline_to_online.py"), flags
+        return Method(script.name, script.with_name("qam_offline_to_online.py"), flags)
     done = subprocess.run([sys.executable, MAKE_ONLINE, script])
     if done.returncode:
         sys.exit(done.returncode)
-    return script.with_name(f"{script.stem}_offline_to_online.py"), flags
+    return Method(script.name, script.with_name(f"{script.stem}_offline_to_online.py"), flags)
 
 
 def tasks_of(name):
@@ -235,33 +283,78 @@ def tasks_of(name):
     return [f"{name}-task{number}" for number in range(1, TASKS_OF_A_DOMAIN + 1)]
 
 
-def combinations(settings):
-    """The flags of every combination of NAME=VALUE,VALUE settings."""
+class Setting(NamedTuple):
+    owner: str  # the script that it is for; "" for all
+    flag: str
+    values: list
+
+
+def parse_setting(text, methods):
+    """SCRIPT:NAME=VALUE,VALUE, or without the script."""
+    name, _, values = text.partition("=")
+    owner, _, name = name.rpartition(":")
+    owner = Path(owner).name
+    if not name or not values:
+        fail(f"--set {text}: it should be NAME=VALUE,VALUE or SCRIPT:NAME=VALUE,VALUE")
+    scripts = [method.name for method in methods]
+    if owner and owner not in scripts:
+        fail(f"--set {text}: {owner} is none of the scripts, {', '.join(scripts)}")
+    return Setting(owner, f"--{name.replace('_', '-')}", values.split(","))
+
+
+def combinations(settings, method):
+    """The flags of every combination of the settings that are for the method."""
     choices = []
     for setting in settings:
-        name, _, values = setting.partition("=")
-        if not values:
-            fail(f"--set {setting}: it should be NAME=VALUE,VALUE")
-        flag = f"--{name.replace('_', '-')}"
-        choices.append([[flag, value] for value in values.split(",")])
+        if setting.owner in ("", method.name):
+            choices.append([[setting.flag, value] for value in setting.values])
     return [sum(chosen, []) for chosen in itertools.product(*choices)]
 
 
-def check_flags(script, flags):
-    """Let the script read its command line; it says itself what is wrong with it."""
+def check_flags(script, words):
+    """Let the script read its flags. They come back with absolute paths: jobs run anywhere."""
+    module = load(script)
+    checked = []
+    for word in words:
+        checked += word.split("=", 1) if word.startswith("--") else [word]
+    for word in checked:
+        if word.startswith("--"):
+            check_name(script, word, dataclasses.fields(module.Args))
+    try:
+        args = tyro.cli(module.Args, args=checked)
+        domain, _, _ = module.parse_env_id(args.env_id)
+        if not domain:  # OGBench does not know it: does anybody?
+            module.make_env(args).close()
+    except SystemExit:
+        fail(f"{script.name} does not take these flags, as it says above")
+    for i, word in enumerate(checked[:-1]):
+        value = getattr(args, word.removeprefix("--").replace("-", "_"), None)
+        if word.startswith("--") and isinstance(value, str) and os.path.isabs(value):
+            checked[i + 1] = value
+    return checked
+
+
+def check_name(script, flag, fields):
+    """Refuse a flag that the script does not have, and name the nearest one."""
+    known = [field.name.replace("_", "-") for field in fields]
+    name = flag.removeprefix("--").removeprefix("no-").replace("_", "-")
+    if name in ("seed", "run-dir"):
+        fail("plan sets --seed and --run-dir: seeds 1, 2, .. (for others edit jobs.csv)")
+    if name not in known:
+        hint = f"a flag of one script is given as --set SCRIPT:{name}=VALUE"
+        for nearest in difflib.get_close_matches(name, known, n=1):
+            hint = f"the nearest that it has is --{nearest}"
+        fail(f"{script.name} has no {flag}; {hint}")
+
+
+def load(script):
+    """The script as a module."""
     name = f"checked_{script.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, script)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    module = sys.modules[name]
-    try:
-        args = tyro.cli(module.Args, args=flags)
-        domain, _, _ = module.parse_env_id(args.env_id)
-        if not domain:  # OGBench does not know it: does anybody?
-            module.make_env(args).close()
-    except SystemExit:
-        fail(f"{script.name} does not take {shlex.join(flags)}")
+    return sys.modules[name]
 
 
 # -------------------------------------------------------------------------------- how a job stands
@@ -273,6 +366,12 @@ def find_run(job):
     saved = [run for run in runs if (run / "checkpoint.msgpack").exists()]
     found = saved or runs
     return found[-1] if found else None
+
+
+def find_saved_run(job):
+    """The run that its script can go on with, or None."""
+    run = find_run(job)
+    return run if run is not None and (run / "checkpoint.msgpack").exists() else None
 
 
 def read_csv(path):
@@ -295,7 +394,10 @@ def progress_of(job):
     if run is None:
         return Progress(0, 0, None, False)
     record = json.loads((run / "args.json").read_text())
-    last_step = record["offline_steps"] + record.get("online_steps", 0)
+    flags = flags_of(job.command)
+    last_step = 0
+    for flag, name in STEPS.items():
+        last_step += int(flags.get(flag, record.get(name, 0)))
     scores = read_csv(run / "eval.csv")
     steps = [int(row["step"]) for row in scores + read_csv(run / "metrics.csv")]
     step = max(steps, default=0)
@@ -303,9 +405,31 @@ def progress_of(job):
     success = None
     if newest:
         success = sum(float(row["success_rate"]) for row in newest) / len(newest)
-    # The evaluation at the last step is the last thing that a run does.
-    done = bool(newest) and int(newest[0]["step"]) >= last_step
-    return Progress(step, last_step, success, done)
+    # The evaluation at the last step is the last thing that a run does. Flags that were edited
+    # afterwards are for the script to judge, so the job is not done.
+    at_end = bool(newest) and int(newest[0]["step"]) >= last_step
+    return Progress(step, last_step, success, at_end and not edited_flags(job))
+
+
+def edited_flags(job):
+    """{flag: its value before, or None} of the flags that its script has not seen so."""
+    taken = job.run_folder / "command"
+    if find_saved_run(job) is None or not taken.exists():
+        return {}
+    before = flags_of(taken.read_text())
+    now = flags_of(job.command)
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return {name: before.get(name) for name in names if name != "--run-dir"}
+
+
+def refuse_removed_flags(jobs):
+    """A script with --resume hears of flags that were changed or added, not of these."""
+    for job in jobs:
+        now = flags_of(job.command)
+        for name, before in edited_flags(job).items():
+            if name not in now:
+                words = f"was removed from its command after it began: put {name} {before} back"
+                fail(f"job {job.id}: {name} {words}, or delete {job.run_folder}")
 
 
 def state_of(job, progress):
@@ -317,9 +441,14 @@ def state_of(job, progress):
     if alive.exists():
         silent = time.time() - alive.stat().st_mtime
         return "running" if silent < STALE_AFTER else "stale"
-    if ended.exists() and int(ended.read_text()) not in STOPPED:
-        return "failed"
-    return "waiting"
+    code = ended.read_text() if ended.exists() else STOPPED[0]
+    if code in STOPPED or code == "0" and edited_flags(job):  # edited after its end
+        return "waiting"
+    return "failed"
+
+
+def why_failed(out, job, code):
+    return f"job {job.id} has failed with status {code}: {last_line(out, job)}"
 
 
 def last_line(out, job):
@@ -336,7 +465,8 @@ def log_path(out, job):
 
 def status(args):
     """A line a job, and the totals."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for status OUT | head
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for status OUT | head
     counts = {}
     for job in read_jobs(args.out).values():
         progress = progress_of(job)
@@ -346,34 +476,97 @@ def status(args):
         step = f"{progress.step}/{progress.last_step}" if progress.last_step else ""
         print(f"{job.id:5}  {state:8} {step:18} {success:14} {describe(job)}")
         if state == "failed":
-            print(f"       {last_line(args.out, job)}")
+            code = (job.run_folder / "exit").read_text() or "unknown (its file `exit` is empty)"
+            print(f"       {why_failed(args.out, job, code)}")
     print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
 
 
 def describe(job):
-    """Its command without python, the folders and the run folder."""
+    """Its command from the script to the run folder."""
     words = shlex.split(job.command)
+    scripts = [word for word in words if word.endswith(".py")]
+    if scripts:
+        words = words[words.index(scripts[0]) :]
     end = words.index("--run-dir") if "--run-dir" in words else len(words)
-    return shlex.join([Path(words[1]).name, *words[2:end]])
+    return shlex.join([Path(words[0]).name, *words[1:end]])
 
 
 # --------------------------------------------------------------------------------------- one job
 
 
 def run_job(args):
-    """Run a job to its end, or until a signal stops it. The exit status is that of its script."""
+    """Run a job until it ends or a signal stops it. The exit status is that of its script."""
     jobs = read_jobs(args.out)
     if args.id not in jobs:
         fail(f"{args.out / 'jobs.csv'} has no job {args.id}")
     job = jobs[args.id]
+    refuse_removed_flags([job])
     if progress_of(job).done:
         return 0
-    lock = hold(job)
+    job.run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(job.run_folder / ".lock")
+    except BlockingIOError:
+        fail(f"job {job.id} is running already, elsewhere", status=ELSEWHERE)
     if args.cores:
         os.sched_setaffinity(0, map(int, args.cores.split(",")))
-    if args.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
+    share_compiled(args.out)
+    (job.run_folder / "exit").unlink(missing_ok=True)
+    code = run_script(args.out, job, lock)
+    if code == 0:
+        (job.run_folder / "command").write_text(job.command)
+    (job.run_folder / "exit").write_text(str(code))
+    (job.run_folder / "alive").unlink(missing_ok=True)
+    return code
 
+
+def take_lock(path):
+    """Of a file, for as long as this process and those that it is passed to live.
+
+    None where there are no locks: on Windows, and on some file systems of a network. Raises
+    BlockingIOError if another process has it.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return None
+    return lock
+
+
+def share_compiled(out):
+    """What a job has compiled, the next one on such a machine reads. The user's settings stay."""
+    folder = out.resolve() / "compiled" / kind_of_machine()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def kind_of_machine():
+    """A name for its processor and GPUs: what is compiled for others may not run on them."""
+    words = {platform.machine(), platform.processor()}
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        for line in cpus.read_text().splitlines():
+            if line.startswith(("model name", "flags", "CPU part", "Features")):
+                words.add(line)
+    if shutil.which("nvidia-smi"):
+        line = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        words.add(subprocess.run(line, capture_output=True, text=True).stdout)
+    return hashlib.sha256("\n".join(sorted(words)).encode()).hexdigest()[:12]
+
+
+def run_script(out, job, lock):
+    """Start the script, or go on with its run, and wait for it: its exit status."""
+    words = words_to_run(job)
+    run = find_saved_run(job)
+    if run is None:
+        (job.run_folder / "command").write_text(job.command)
+    else:
+        words += ["--resume", str(run)]
     children = []
     stops = []
 
@@ -382,48 +575,13 @@ def run_job(args):
         for child in children:
             child.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, stop)
-    (job.run_folder / "exit").unlink(missing_ok=True)
-    code = 1
-    for _ in range(args.retries + 1):
-        code = run_once(args.out, job, lock, children, stops)
-        if code == 0 or stops:
-            break
-    (job.run_folder / "exit").write_text(str(code))
-    (job.run_folder / "alive").unlink(missing_ok=True)
-    return code
-
-
-def hold(job):
-    """The lock of the job's folder, for as long as this process or its script lives."""
-    job.run_folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(job.run_folder / ".lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"job {job.id} is running already", status=1)
-    return lock
-
-
-def run_once(out, job, lock, children, stops):
-    """Start the script, or go on with its run, and wait for it: its exit status."""
-    words = shlex.split(job.command)
-    if words[0] == "python":
-        words[0] = sys.executable
-    run = find_run(job)
-    if run is not None and (run / "checkpoint.msgpack").exists():
-        words = [*words[:2], "--resume", str(run)]
-    log_path(out, job).parent.mkdir(parents=True, exist_ok=True)
-    with log_path(out, job).open("ab") as log:
+    on_stop_signals(stop)
+    with open_log(out, job) as log:
+        passed = [] if lock is None else [lock]
         child = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[lock],
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=passed
         )
-    children[:] = [child]
+    children.append(child)
     if stops:  # the signal came before there was a child
         child.terminate()
     while True:
@@ -432,28 +590,84 @@ def run_once(out, job, lock, children, stops):
             code = child.wait(timeout=TOUCH_EVERY)
         except subprocess.TimeoutExpired:
             continue
-        # Killed by a signal, a process has its negative number; a shell says 128 + number.
-        return 128 - code if code < 0 else code
+        return shell_status(code)
+
+
+def shell_status(code):
+    """Killed by a signal, a process has its negative number; a shell says 128 + number."""
+    return 128 - code if code < 0 else code
+
+
+def words_to_run(job):
+    words = shlex.split(job.command)
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
+
+
+def open_log(out, job):
+    path = log_path(out, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
+
+
+def on_stop_signals(stop):
+    """Call stop(number, _) at each of them; a hang-up is none if nohup has said so."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows lacks two
+        if number is None or name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        signal.signal(number, stop)
 
 
 # -------------------------------------------------------------------------------------------- here
 
 
-def count_gpus():
+def visible_gpus():
+    """Names of the GPUs to hand out: those of CUDA_VISIBLE_DEVICES where it is set, else all."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        names = [name.strip() for name in given.split(",") if name.strip()]
+        return names[: names.index("-1")] if "-1" in names else names  # CUDA ends there, too
     if not shutil.which("nvidia-smi"):
-        return 0
+        return []
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return done.stdout.count("\nGPU ") + done.stdout.startswith("GPU ")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(i) for i in range(len(lines))]
 
 
-def place_of(worker, num_workers):
-    """Flags of `job` that give a worker its GPU, or its share of the cores."""
-    num_gpus = count_gpus()
-    if num_gpus:
-        return ["--gpu", str(worker % num_gpus)]
+def share_out(num_workers):
+    """What each worker's jobs have of this machine: (environment variables, flags of `job`)."""
+    gpus = visible_gpus()
+    places = []
+    if gpus:
+        memory = {}
+        sharing = math.ceil(num_workers / len(gpus))
+        if sharing > 1:
+            fraction = os.environ.get(MEMORY_FRACTION, f"{GPU_MEMORY / sharing:.3f}")
+            memory = {MEMORY_FRACTION: fraction}
+            words = f"{num_workers} workers share {len(gpus)} GPUs: a process takes {fraction} of"
+            tqdm.write(f"warning: {words} the memory ({MEMORY_FRACTION})")
+        for worker in range(num_workers):
+            gpu = gpus[worker % len(gpus)]
+            places.append(({"CUDA_VISIBLE_DEVICES": gpu, **memory}, []))
+        return places
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        if num_workers > 1:
+            tqdm.write("warning: this system binds no process to cores: all jobs use all of them")
+        return [({}, [])] * num_workers
     cores = sorted(os.sched_getaffinity(0))
-    share = cores[worker::num_workers] or [cores[worker % len(cores)]]
-    return ["--cores", ",".join(map(str, share))]
+    for worker in range(num_workers):
+        share = cores[worker::num_workers] or [cores[worker % len(cores)]]
+        places.append(({}, ["--cores", ",".join(map(str, share))]))
+    return places
+
+
+def tell_of_others(out):
+    """Say whether another process runs this sweep, or that nobody can know."""
+    try:
+        if take_lock(out / ".lock") is None:
+            print(f"warning: {out} has no file locks: a second `run` would run its jobs twice")
+    except BlockingIOError:
+        print("another process runs this sweep: its jobs are left to it")
 
 
 def run_here(args):
@@ -461,11 +675,13 @@ def run_here(args):
     if args.workers < 1:
         fail("--workers must be at least 1")
     jobs = read_jobs(args.out)
-    waiting = [job for job in jobs.values() if not progress_of(job).done]
-    num_done = len(jobs) - len(waiting)
-    places = [place_of(worker, args.workers) for worker in range(args.workers)]
+    refuse_removed_flags(jobs.values())
+    tell_of_others(args.out)
+    fates = {job.id: "done" for job in jobs.values() if progress_of(job).done}
+    waiting = [job for job in jobs.values() if job.id not in fates]
+    places = share_out(args.workers)
     working = {}  # {worker: (job, process)}
-    num_failed = 0
+    tries = collections.Counter()
     stops = []
 
     def stop(number, _):
@@ -473,92 +689,122 @@ def run_here(args):
         for _, process in working.values():
             process.terminate()
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    total = tqdm(total=len(jobs), unit=" jobs", disable=None)
-    bars = [tqdm(position=1 + i, bar_format="{desc}", disable=None) for i in range(args.workers)]
+    on_stop_signals(stop)
+    bar = tqdm(total=len(jobs), unit=" jobs", disable=None, leave=False)
     while working or (waiting and not stops):
         for worker in range(args.workers):
             if worker not in working and waiting and not stops:
                 job = waiting.pop(0)
+                tries[job.id] += 1
                 tqdm.write(f"job {job.id} starts: {describe(job)}")
-                working[worker] = (job, start(args, job, places[worker]))
+                working[worker] = (job, start(args.out, job, places[worker]))
         time.sleep(1)
         ended = [worker for worker in working if working[worker][1].poll() is not None]
-        total.n = round(num_done + show_progress(working, bars), 2)
-        total.refresh()
         for worker in ended:
-            job, _ = working.pop(worker)
-            done = report_end(args.out, job, stops)
-            num_done += done
-            num_failed += not done and not stops
-    for bar in (*bars, total):
-        bar.close()
-    print(f"{num_done} of {len(jobs)} jobs are done, {num_failed} failed: see {args.out}/logs")
-    if stops:
-        print("stopped and saved; to go on: " + shlex.join(["python", *sys.argv]))
-        return 128 + stops[0]
-    return 1 if num_failed else 0
+            job, process = working.pop(worker)
+            fate = tell_end(args.out, job, process.returncode, stops)
+            if fate == "failed" and tries[job.id] <= args.retries:
+                waiting.insert(0, job)
+            else:
+                fates[job.id] = fate
+        show_progress(bar, len(fates), [job for job, _ in working.values()])
+    bar.close()
+    return tell_all(args, jobs, fates, stops)
 
 
-def start(args, job, place):
-    """A process that runs the job, in a session of its own: Ctrl-C stops it by way of this one."""
-    line = [sys.executable, __file__, "job", str(args.out), str(job.id), *place]
-    line += ["--retries", str(args.retries)]
-    return subprocess.Popen(line, start_new_session=True)
-
-
-def show_progress(working, bars):
-    """A line for each job that is running; the sum of the parts of them that are done."""
-    fractions = 0.0
-    for worker, (job, _) in working.items():
-        progress = progress_of(job)
-        fractions += progress.step / max(progress.last_step, 1)
-        success = "" if progress.success is None else f", success {progress.success:.2f}"
-        words = f"job {job.id}: step {progress.step}/{progress.last_step}{success}"
-        bars[worker].set_description_str(words)
-    return fractions
-
-
-def report_end(out, job, stops):
-    """Say how a job has ended: True if it is done."""
+def tell_end(out, job, code, stops):
+    """How a job has ended, in a word, and in a line on the screen."""
     progress = progress_of(job)
     if progress.done:
         tqdm.write(f"job {job.id} is done, success {progress.success:.2f}")
-    elif not stops:
-        tqdm.write(f"job {job.id} has failed: {last_line(out, job)}")
-    return progress.done
+        return "done"
+    if code == ELSEWHERE:
+        tqdm.write(f"job {job.id} runs elsewhere, and is left to whoever runs it")
+        return "elsewhere"
+    if stops:
+        return "stopped"
+    tqdm.write(why_failed(out, job, shell_status(code)))
+    return "failed"
+
+
+def tell_all(args, jobs, fates, stops):
+    """The totals, and how to go on. Returns the exit status."""
+    elsewhere = [id for id, fate in fates.items() if fate == "elsewhere"]
+    for id in elsewhere:
+        if progress_of(jobs[id]).done:  # by now
+            fates[id] = "done"
+    counts = collections.Counter(fates.values())
+    words = f"{counts['done']} of {len(jobs)} jobs are done, {counts['failed']} failed"
+    if counts["elsewhere"]:
+        words += f", {counts['elsewhere']} running elsewhere"
+    print(f"{words}: see {args.out}/logs")
+    if stops:
+        print("stopped and saved; to go on: " + shlex.join(["python", *sys.argv]))
+        return 128 + stops[0]
+    return 1 if counts["failed"] else 0
+
+
+def start(out, job, place):
+    """A process that runs the job, in a session of its own: Ctrl-C stops it by way of this one."""
+    variables, flags = place
+    line = [sys.executable, __file__, "job", str(out), str(job.id), *flags]
+    variables = {**os.environ, **variables}
+    with open_log(out, job) as log:
+        return subprocess.Popen(line, env=variables, stdout=log, stderr=log, start_new_session=True)
+
+
+def show_progress(bar, num_ended, running):
+    """What has ended, the parts of what is running that are done, and its steps."""
+    bar.n = num_ended
+    parts = []
+    for job in running:
+        progress = progress_of(job)
+        bar.n += progress.step / max(progress.last_step, 1)
+        success = "" if progress.success is None else f" success {progress.success:.2f}"
+        parts.append(f"job {job.id} {progress.step}/{progress.last_step}{success}")
+    bar.n = round(bar.n, 2)
+    bar.set_postfix_str(", ".join(parts))
 
 
 def time_jobs(args):
-    """Updates a second of each script on each domain, and the hours of all jobs by them."""
+    """Updates a second of each script on each domain, and the time of all jobs by them."""
     kinds = {}  # {what decides the speed: jobs}
     for job in read_jobs(args.out).values():
         kinds.setdefault(kind_of(job), []).append(job)
-    hours = 0.0
+    share_compiled(args.out)
+    total = 0.0
     for kind, jobs in kinds.items():
         speed, num_steps = measure_speed(args, jobs[0])
-        hours_each = num_steps / speed / 3600
-        hours += hours_each * len(jobs)
-        print(f"{speed:8.1f} updates a second, {hours_each:6.2f} h a job, {len(jobs)} jobs: {kind}")
-    print(f"{hours:.1f} device hours for all, evaluations apart")
+        seconds = num_steps / speed
+        total += seconds * len(jobs)
+        each = in_words(seconds)
+        print(f"{speed:8.1f} updates a second, {each} a job, {len(jobs)} jobs: {kind}")
+    print(f"{in_words(total)} for all, one after the other, evaluations apart")
+
+
+def in_words(seconds):
+    """Of the size that says something: 45 s, 12.5 min, 30.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def kind_of(job):
     """The command without seed and run folder, and with the domain in place of the task."""
-    words = describe(job).split()
-    seed = words.index("--seed")
-    del words[seed : seed + 2]
+    words = shlex.split(describe(job))
+    if "--seed" in words:
+        seed = words.index("--seed")
+        del words[seed : seed + 2]
     return " ".join(word.partition("-task")[0] for word in words)
 
 
 def measure_speed(args, job):
     """(updates a second, updates of the whole job), by the job itself in a folder of its own."""
     folder = args.out / "timing"
-    words = shlex.split(job.command)
-    words[0] = sys.executable
-    words[words.index("--run-dir") + 1] = str(folder)
-    line = [*words, "--log-every", "10"]
+    shutil.rmtree(folder, ignore_errors=True)  # of a measurement that was cut short
+    line = [*words_to_run(job), "--run-dir", str(folder), "--log-every", "10"]
     log_path = args.out / "timing.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(line, stdout=log, stderr=log)
@@ -589,13 +835,16 @@ def measure_speed(args, job):
 ARRAY = """\
 #!/bin/bash
 {flags}
-{python} {sweep} job {out} $((FIRST + SLURM_ARRAY_TASK_ID)) --retries {retries} &
-job=$!
-trap 'kill -TERM $job' TERM
-code=0
-while kill -0 $job 2> /dev/null; do wait $job; code=$?; done
-if [ $code = 143 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then
-  scontrol requeue $SLURM_JOB_ID
+code=143
+trap 'stopped=1; kill -TERM $job' TERM
+for attempt in $(seq 0 {retries}); do
+  if [ $code = 0 ] || [ "$stopped" ]; then break; fi
+  {python} {sweep} job {out} $((FIRST + SLURM_ARRAY_TASK_ID)) &
+  job=$!
+  while kill -0 $job 2> /dev/null; do wait $job; code=$?; done
+done
+if [ $code != 0 ] && [ "$stopped" ]; then
+  scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING && scontrol requeue $SLURM_JOB_ID
 fi
 exit $code
 """
@@ -606,6 +855,7 @@ def slurm(args, more):
     if not shutil.which("sbatch"):
         fail("sbatch is not installed: this is no machine of a Slurm cluster")
     jobs = read_jobs(args.out)
+    refuse_removed_flags(jobs.values())
     out = args.out.resolve()
     (out / "logs").mkdir(exist_ok=True)
     flags = {
@@ -615,10 +865,10 @@ def slurm(args, more):
         "time": args.time,
         "signal": "B:TERM@120",
         "open-mode": "append",
-        "output": out / "logs/slurm-%A_%a.log",
+        "output": str(out).replace("%", "%%") + "/logs/slurm-%A_%a.log",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in flags.items() if value is not None]
-    lines += ["#SBATCH --requeue", *[f"#SBATCH {flag}" for flag in more]]
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    lines = ["#SBATCH " + shlex.quote(flag) for flag in [*given, "--requeue", *more]]
     text = ARRAY.format(
         flags="\n".join(lines),
         python=shlex.quote(sys.executable),
@@ -649,6 +899,9 @@ def find_queued(out):
     """Ids of the jobs that Slurm has; each array's comment is its first id and the folder."""
     line = ["squeue", "--noheader", "--array", "--format=%K %k"]
     done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip()
+        fail(f"squeue does not say what is in the queue ({words}): nothing is submitted", status=1)
     queued = set()
     for line in done.stdout.splitlines():
         index, _, comment = line.partition(" ")
