@@ -167,7 +167,7 @@ def test_evaluate_takes_another_checkpoint(finished_run, tmp_path):
 def test_evaluate_leaves_out_a_run_without_a_checkpoint(finished_run, tmp_path):
     """One among many is named; alone it is an error."""
     shutil.copy(finished_run / "args.json", tmp_path)
-    line = [sys.executable, ROOT / "tools/evaluate.py", tmp_path, "--episodes", "1"]
+    line = [sys.executable, ROOT / "tools/evaluate.py", "--episodes", "1", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert "checkpoint.msgpack is not there" in done.stderr
