@@ -1,10 +1,8 @@
 """A hook of mkdocs (see mkdocs.yml): the pages that are made from the project's own files.
 
-The README and the results become pages, every script gets one: its docstring, what differs from the
-file that it is read against, its metrics and its code. In the lesson a line {{ code NAME }} becomes
-that definition of qam_offline.py, {{ line SCRIPT TEXT }} the line of a script that holds a text,
-and $ .. $ or $$ .. $$ an equation. Nothing is copied by hand, so nothing can drift. Links between
-the project's files become links between pages.
+The README and the results become pages. So does every script that the navigation names: its
+docstring, its metrics and its code, and on a page of its own what differs from the file that it is
+read against. Links between the project's files become links between pages.
 """
 
 import ast
@@ -15,40 +13,18 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-import pygments
-from latex2mathml import converter
 from mkdocs.structure.files import File
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "qam_offline.py"
-SCRIPTS = (
-    "qam_offline.py",
-    "qam_offline_to_online.py",
-    "qam_diffusion_variant.py",
-    "variants/qam_edit.py",
-    "variants/qam_fql.py",
-    "variants/trqam.py",
-    "baselines/fql.py",
-    "baselines/dsrl.py",
-    "baselines/fbrac.py",
-    "baselines/bam.py",
-    "baselines/fedit.py",
-    "baselines/ifql.py",
-    "baselines/fawac.py",
-    "baselines/rebrac.py",
-    "baselines/rlpd.py",
-    "baselines/cgql.py",
-    "baselines/qsm.py",
-    "baselines/dac.py",
-    "baselines/rql.py",
-    "baselines/qgf.py",
-)
-# The page of a file: {path in the project: path in the site's sources}.
-PAGES = {"README.md": "index.md", "results/README.md": "results/index.md"}
-PAGES.update({path: f"scripts/{path.replace('/', '_')[:-3]}.md" for path in SCRIPTS})
-LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+# Pages that are written by hand and do not lie in docs/.
+WRITTEN = ["README.md", "CONTRIBUTING.md", "tests/data/README.md", "results/README.md"]
+WRITTEN += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("results/*/README.md"))
+# The page of a file: {path in the project: path in the site's sources}. on_config adds the scripts.
+PAGES = {path: path.replace("README.md", "index.md") for path in WRITTEN}
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(?:#([^)\s]*))?\)")
+# Material's front matter: the difference has the whole width, and search leaves it out.
+WIDE = "---\nhide: [navigation, toc]\nsearch: {exclude: true}\n---"
 
 
 # ------------------------------------------------------------------------------------------- links
@@ -72,7 +48,7 @@ def site_path(path):
 def markdown_files():
     """Every page that is written by hand, by its path in the project."""
     docs = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
-    return ["README.md", "results/README.md", *docs]
+    return [*WRITTEN, *docs]
 
 
 def linked_files():
@@ -81,9 +57,18 @@ def linked_files():
     for page_path in markdown_files():
         for link, _ in LINK.findall((ROOT / page_path).read_text()):
             path = project_path(page_path, link)
-            if path not in PAGES and not path.startswith("docs/"):
+            elsewhere = path not in PAGES and not path.startswith("docs/")
+            if elsewhere and (ROOT / path).is_file():  # mkdocs tells of a link to what is not there
                 found.add(path)
     return sorted(found)
+
+
+def line_of(path, name):
+    """The anchor of a script's definition: that of its first line on the script's page."""
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if getattr(node, "name", None) == name:
+            return f"line-file-{node.lineno}"
+    raise LookupError(f"{path} defines no {name}")
 
 
 def with_site_links(markdown, page_path):
@@ -91,8 +76,12 @@ def with_site_links(markdown, page_path):
     here = PurePosixPath(site_path(page_path)).parent
 
     def replace(match):
-        target = site_path(project_path(page_path, match[1]))
-        return f"]({os.path.relpath(target, here)}{match[2] or ''})"
+        path = project_path(page_path, match[1])
+        target = os.path.relpath(site_path(path), here)
+        anchor = match[2]
+        if anchor and path.endswith(".py"):
+            anchor = line_of(path, anchor)
+        return f"]({target}#{anchor})" if anchor else f"]({target})"
 
     return LINK.sub(replace, markdown)
 
@@ -100,170 +89,126 @@ def with_site_links(markdown, page_path):
 # ----------------------------------------------------------------------------------------- metrics
 
 
-def mean_of(rows):
-    """Of numbers, to three digits."""
-    return f"{sum(rows) / len(rows):.3g}"
-
-
-def metrics_table(path):
-    """The metrics of a script in one run on the maze, in Markdown."""
+def metrics_of(path):
+    """{metric: {step: value}} of a script's run on the maze."""
+    curves = {}
     with (ROOT / "results/metrics/metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["script"] == Path(path).name]
-    curves = {}  # {metric: {step: value}}
-    for row in rows:
-        curves.setdefault(row["metric"], {})[int(row["step"])] = float(row["value"])
-    last = max(curves["critic_loss"])
-    meanings = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
-    header = ("metric", "what it is", "first row", "half time", "last quarter")
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for name, words in meanings:
-        if name not in curves:
-            continue
-        curve = curves[name]
-        half = max(step for step in curve if step <= max(last / 2, min(curve)))
-        values = (
-            mean_of([curve[min(curve)]]),
-            mean_of([curve[half]]),
-            mean_of([curve[step] for step in curve if step > 0.75 * last]),
-        )
-        lines.append(f"| `{name}` | {words} | {' | '.join(values)} |")
-    unknown = curves.keys() - dict(meanings).keys()
+        for row in csv.DictReader(file):
+            if row["script"] == Path(path).name:
+                curves.setdefault(row["metric"], {})[int(row["step"])] = float(row["value"])
+    return curves
+
+
+def metrics_section(path, curves):
+    """What a script logs: the numbers of its run, and what each metric is."""
+    successes = [f"{x:.2f} at {step:,}" for step, x in curves.pop("success_rate").items()]
+    steps = sorted(curves["critic_loss"])
+    first = steps[0]
+    half = max(step for step in steps if step <= steps[-1] / 2)
+    late = [step for step in steps if step > 0.75 * steps[-1]]
+    header = ("metric", f"{first:,}", f"{half:,}", f"mean, {late[0]:,} to {late[-1]:,}")
+    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    text = (ROOT / "docs/metrics.md").read_text()
+    meanings = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", text, re.M))
+    unknown = curves.keys() - meanings.keys()
     if unknown:
         raise LookupError(f"{path} logs {unknown}, and docs/metrics.md does not say what that is")
-    return "\n".join(lines)
+    words = []
+    for name in sorted(curves, key=[*meanings].index):
+        curve = curves[name]
+        late_mean = sum(curve[step] for step in late) / len(late)
+        values = [f"{x:.3g}" for x in (curve[first], curve[half], late_mean)]
+        table.append(f"| `{name}` | {' | '.join(values)} |")
+        words.append(f"`{name}`\n:   {meanings[name]}")
+    return "\n\n".join(
+        [
+            "## What it logs",
+            "From one run on the quick start's maze ([which](../metrics.md)), by the step of the"
+            f" row. Success of its evaluations: {', '.join(successes)}.",
+            "\n".join(table),
+            *words,
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------------- scripts
 
 
-def describe(docstring):
-    """A docstring as Markdown: prose as it is, equations as a block of code."""
-    parts = []
-    for paragraph in docstring.split("\n\n"):
-        if re.match(r"\(\d+\) ", paragraph):
-            parts.append(f"```text\n{paragraph}\n```")
-        else:
-            parts.append(re.sub(r"([*_<])", r"\\\1", paragraph))
-    return "\n\n".join(parts)
+def described(path):
+    """A script: (its text, its title, the rest of its docstring)."""
+    text = (ROOT / path).read_text()
+    title, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
+    return text, html.escape(title.rstrip(".")), rest
 
 
-def highlight(lines, first_number=1, anchors=""):
-    """Lines of Python as HTML, numbered where they can be linked to."""
-    formatter = HtmlFormatter(
-        nowrap=not anchors,
-        cssclass="highlight script",
-        linenos="inline" if anchors else False,
-        linenostart=first_number,
-        linespans=anchors,
-    )
-    return pygments.highlight("\n".join(lines) + "\n", PythonLexer(stripnl=False), formatter)
+def nearest(path):
+    """The file that a script is read against."""
+    named = re.search(r"^Nearest: (\S+)\.$", described(path)[2], re.M)
+    return named[1] if named else FIRST
 
 
-def side_by_side(before, after):
-    """The difference of two files, in HTML: changes beside each other, what is equal folded."""
-    parts = []
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    for kind, b0, b1, a0, a1 in matcher.get_opcodes():
-        if kind == "equal":
-            words = f"{a1 - a0} equal lines" if a1 - a0 > 1 else "one equal line"
-            code = f"<pre>{highlight(after[a0:a1])}</pre>"
-            summary = f"<summary>{words}, from {a0 + 1} on</summary>"
-            parts.append(f'<details class="equal">{summary}{code}</details>')
-        else:
-            left = f'<pre class="before">{highlight(before[b0:b1])}</pre>'
-            right = f'<pre class="after">{highlight(after[a0:a1])}</pre>'
-            parts.append(f'<div class="pair highlight">{left}{right}</div>')
-    return f"<div>{''.join(parts)}</div>"
+def beside(page):
+    """The path of the page that has a script's difference, from that of the script's page."""
+    return page.replace(".md", "_beside.md")
 
 
 def script_page(path):
     """The page of a script, in Markdown."""
-    text = (ROOT / path).read_text()
-    title, _, rest = ast.get_docstring(ast.parse(text)).partition("\n\n")
-    parts = [f"# {html.escape(title.rstrip('.'))}", f"`{path}`", describe(rest)]
+    text, title, rest = described(path)
+    parts = [f"# {title}", f"`{path}`"]
     if path != FIRST:
-        named = re.search(r"^Nearest: (\S+)\.$", rest, re.M)
-        nearest = named[1] if named else FIRST
-        before = (ROOT / nearest).read_text().splitlines()
-        parts.append(f"## What differs from {nearest}")
-        parts.append(f"Left `{nearest}`, right `{path}`.")
-        parts.append(side_by_side(before, text.splitlines()))
-    parts.append("## What it logs")
-    parts.append(
-        "From one run on the quick start's maze ([which](../metrics.md)): the first row, at 500"
-        " updates, the row at half time, and the mean over the last quarter."
-    )
-    parts.append(metrics_table(path))
-    parts.append("## The whole file")
-    parts.append(highlight(text.splitlines(), anchors="line"))
+        page = PurePosixPath(beside(PAGES[path])).name
+        parts.append(f"[Side by side with {nearest(path)}]({page})")
+    for paragraph in rest.split("\n\n"):
+        if re.match(r"\(\d+\) ", paragraph):
+            parts.append(f"```text\n{paragraph}\n```")
+        else:
+            parts.append(re.sub(r"([*_<])", r"\\\1", paragraph))
+    curves = metrics_of(path)
+    if curves:  # a new script may have no run yet
+        parts.append(metrics_section(path, curves))
+    # Search finds the first file's code. The others' is mostly the same.
+    excluded = "" if path == FIRST else " {data-search-exclude}"
+    parts.append(f"## The whole file{excluded}")
+    parts.append(f'```{{.python #file linenums="1"}}\n{text}```')
     return "\n\n".join(parts)
 
 
-# --------------------------------------------------------------------------------------- the lesson
-
-
-def definition(name):
-    """(number of the first line, lines) of a definition of qam_offline.py."""
-    text = (ROOT / FIRST).read_text()
-    for node in ast.parse(text).body:
-        if getattr(node, "name", None) == name:
-            return node.lineno, text.splitlines()[node.lineno - 1 : node.end_lineno]
-    raise LookupError(f"{FIRST} defines no {name}")
-
-
-def quote_code(match):
-    """A definition in HTML. Its line numbers lead to the whole file."""
-    first, lines = definition(match[1])
-    page = "../scripts/qam_offline.html#line-"
-    parts = []
-    for i, line in enumerate(highlight(lines).splitlines()):
-        number = first + i
-        parts.append(f'<a class="linenos" href="{page}{number}">{number:5d}</a>{line}')
-    code = "\n".join(parts)
-    return f'<div class="highlight script"><pre>{code}</pre></div>'
-
-
-def quote_line(match):
-    """The line of a script that holds a text, with its number as a link."""
-    path, text = match[1], match[2]
-    lines = (ROOT / path).read_text().splitlines()
-    numbers = [i for i, line in enumerate(lines) if text in line]
-    if len(numbers) != 1:
-        raise LookupError(f"{path} has {len(numbers)} lines with {text}")
-    (i,) = numbers
-    page = PurePosixPath(PAGES[path]).with_suffix(".html")
-    link = f'<a class="linenos" href="../{page}#line-{i + 1}">{path}, {i + 1}</a>'
-    return f'<div class="highlight script"><pre>{link}{highlight([lines[i].strip()])}</pre></div>'
-
-
-def equation(match):
-    """LaTeX as MathML, which browsers draw without a program."""
-    if match[0].startswith("$$"):
-        math = converter.convert(match[1].strip(), display="block")
-        return f'<div class="equation">{math}</div>'
-    return f'<span class="equation">{converter.convert(match[1].strip())}</span>'
-
-
-def with_code_and_equations(markdown):
-    """A page of the lesson; what stands in its own blocks of code is left alone."""
-    parts = re.split(r"(```[\s\S]*?```|`[^`\n]*`)", markdown)
-    for i in range(0, len(parts), 2):
-        part = re.sub(r"^\{\{ code (\w+) \}\}$", quote_code, parts[i], flags=re.M)
-        part = re.sub(r"^\{\{ line (\S+) (.+) \}\}$", quote_line, part, flags=re.M)
-        part = re.sub(r"\$\$([^$]+)\$\$", equation, part)
-        parts[i] = re.sub(r"\$([^$\n]+)\$", equation, part)
-    return "".join(parts)
+def beside_page(path):
+    """The difference of a script from its nearest, in Markdown."""
+    before = nearest(path)
+    lines = [(ROOT / file).read_text().splitlines() for file in (before, path)]
+    page = PurePosixPath(PAGES[path]).name
+    table = difflib.HtmlDiff().make_table(*lines, before, path, context=True)
+    # As they are, its cells could not be wrapped, nor code be copied from them.
+    table = table.replace("&nbsp;", " ").replace(' nowrap="nowrap"', "")
+    head = f"# {path} beside {before}\n\n[The whole of {path}, and what it says of itself]({page})"
+    return f'{WIDE}\n\n{head}\n\n<div class="beside">{table}</div>'
 
 
 # ------------------------------------------------------------------------------------------ mkdocs
 
 
+def on_config(config):
+    """The scripts that have pages are those of the navigation."""
+    for section in config.nav:
+        for script in section.get("The scripts", ()):
+            PAGES.update(script)
+
+
 def on_files(files, config):
     """Add the pages that do not lie in docs/, and what they link to."""
-    for path in ("README.md", "results/README.md"):
-        files.append(File.generated(config, site_path(path), content=(ROOT / path).read_text()))
-    for path in SCRIPTS:
-        files.append(File.generated(config, site_path(path), content=script_page(path)))
+
+    def add(path, content):
+        files.append(File.generated(config, path, content=content))
+
+    for path, page in PAGES.items():
+        if path.endswith(".md"):
+            add(page, (ROOT / path).read_text())
+            continue
+        add(page, script_page(path))
+        if path != FIRST:
+            add(beside(page), beside_page(path))
     for path in linked_files():
         files.append(File.generated(config, site_path(path), abs_src_path=str(ROOT / path)))
     return files
@@ -274,9 +219,12 @@ def on_page_markdown(markdown, page, config, files):
     paths = {site_path(path): path for path in markdown_files()}
     if page.file.src_uri in paths:
         markdown = with_site_links(markdown, paths[page.file.src_uri])
-    if page.file.src_uri.startswith("lesson/"):
-        markdown = with_code_and_equations(markdown)
     return markdown
+
+
+def on_page_content(content, page, config, files):
+    """mkdocs, which checks links, knows the anchors of headings alone: tell it those of lines."""
+    page.present_anchor_ids.update(re.findall(r'id="(line-file-\d+)"', content))
 
 
 def on_post_build(config):

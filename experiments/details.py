@@ -89,7 +89,7 @@ CHANGES = {
     ),
     "no_gradient_clip": Change(
         QAM,
-        {"optax.clip_by_global_norm(args.max_grad_norm),": "optax.identity(),"},
+        {"optax.clip_by_global_norm(args.max_grad_norm)": "optax.identity()"},
         False,
     ),
     "pessimism_in_adjoint": Change(QAM, {VALUE: PESSIMISTIC_VALUE}, False),

@@ -1,6 +1,7 @@
-"""Use the lesson's figure as a reader would, by keys and mouse: python dev/drive_figure.py site
+"""Use the site as a reader would, by keys and mouse: python dev/drive_site.py site
 
-Prints, as JSON, what it shows after each action. Needs what dev/check_site.py needs.
+Prints, as JSON, what the lesson's figure shows after each action, the pages that a search finds and
+the text that a copy button copies. Needs what dev/check_site.py needs.
 """
 
 import json
@@ -28,7 +29,7 @@ def press(page, name, key, times):
         page.keyboard.press(key)
 
 
-def drive(page):
+def use_figure(page):
     """{action: the state after it}"""
     states = {"loaded": state_of(page)}
     press(page, "invTemp", "ArrowRight", 5)
@@ -50,15 +51,33 @@ def drive(page):
     return states
 
 
+def search(page, words):
+    """Links to what is found."""
+    page.fill('[data-md-component="search-query"]', words)
+    page.wait_for_selector(".md-search-result__link")
+    links = page.query_selector_all(".md-search-result__link")
+    return [link.get_attribute("href") for link in links]
+
+
+def copy_first_command(page):
+    """What is in the clipboard then."""
+    page.click(".language-bash button >> nth=0")
+    page.wait_for_timeout(200)
+    return page.evaluate("navigator.clipboard.readText()")
+
+
 def main():
-    path = Path(sys.argv[1]).resolve() / "lesson/figure.html"
+    site = Path(sys.argv[1]).resolve()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.goto(path.as_uri())
-        print(json.dumps(drive(page)))
-        if len(sys.argv) > 2:
-            page.screenshot(path=sys.argv[2], full_page=True)
+        context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.goto((site / "lesson/figure.html").as_uri())
+        figure = use_figure(page)
+        page.goto((site / "index.html").as_uri())
+        copied = copy_first_command(page)
+        found = search(page, "lean adjoint")
+        print(json.dumps({"figure": figure, "copied": copied, "found": found}))
         browser.close()
 
 
