@@ -463,7 +463,7 @@ DOMAINS = {
 OWN = {"noise_scale": [1.0, 1.4, 1.4, 0.4, 1.0, 1.0, 0.8, 1.2, 0.6, 0.8, 1.0, 1.0, 1.0]}
 # Numbers are above 0, but for these. (Some are of other scripts.)
 MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
-MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
+MAY_BE_0 += "inv_temp edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
 
 
 def paper_values(args):

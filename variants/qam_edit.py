@@ -574,7 +574,7 @@ OWN = {
 }
 # Numbers are above 0, but for these. (Some are of other scripts.)
 MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
-MAY_BE_0 += "edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
+MAY_BE_0 += "inv_temp edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
 
 
 def paper_values(args):
