@@ -128,7 +128,7 @@ def test_a_log_without_ends_and_with_actions_beyond_the_bounds(folder, capsys):
     "name, make, words",
     [
         ("discrete", lambda: gymnasium.make("CartPole-v1"), "Discrete(2)"),
-        ("picture", Picture, "no script takes images"),
+        ("picture", Picture, "no images"),
         ("gravity", lambda: gymnasium.make("Pendulum-v1", g=5.0), "with g 5.0: give --env-id"),
         ("limit", lambda: gymnasium.make(PENDULUM, max_episode_steps=7), "max_episode_steps 7"),
         (

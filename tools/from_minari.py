@@ -66,10 +66,10 @@ def check_spaces(dataset):
     parts = space.values() if isinstance(space, gymnasium.spaces.Dict) else [space]
     for part in parts:
         if not isinstance(part, Box) or len(part.shape) != 1:
-            fail(f"observations of {dataset.id} are {part}, not vectors: no script takes images")
+            fail(f"observations of {dataset.id} hold {part}: scripts take vectors, no images")
     space = dataset.action_space
     if not isinstance(space, Box) or len(space.shape) != 1 or not space.is_bounded():
-        fail(f"actions of {dataset.id} are {space}, not vectors with bounds: no script takes them")
+        fail(f"actions of {dataset.id} are {space}: scripts take vectors with bounds")
 
 
 def find_env_id(dataset):
@@ -183,4 +183,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except OSError as error:  # of the dataset's file or of --out-dir
+        fail(str(error))
