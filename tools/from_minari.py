@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["minari[arrow,hdf5,hf]>=0.5.3", "gymnasium[mujoco]>=1.1", "numpy>=2.0",
+# dependencies = ["minari[arrow,hdf5,hf]>=0.5.4", "gymnasium[mujoco]>=1.1", "numpy>=2.0",
 #     "tyro>=1.0.16"]
 # ///
 """Write a Minari dataset as a file that the scripts train on: docs/own_data.md.
