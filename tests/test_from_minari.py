@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "tools"))
 import from_minari as tool  # noqa: E402
 from minari.data_collector import EpisodeBuffer  # noqa: E402
 
+MODULES = "minari_module:Minari/Reach-v0"
 PENDULUM = "InvertedPendulum-v5"  # its actions go from -3 to 3
 
 
@@ -57,8 +58,10 @@ def record(env, name, episodes=3, length=12):
 def folder(tmp_path_factory):
     """A folder to work in, where Minari keeps its datasets, and with an environment's module."""
     folder = tmp_path_factory.mktemp("minari")
-    module = MODULE.replace("entry_point=Reach", 'entry_point="reach_module:Reach"')
-    (folder / "reach_module.py").write_text(module)
+    # Under a name of its own; Minari can't write down a class.
+    module = MODULE.replace("Reach-v0", "Minari/Reach-v0")
+    module = module.replace("entry_point=Reach", 'entry_point="minari_module:Reach"')
+    (folder / "minari_module.py").write_text(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "datasets"))
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -87,7 +90,7 @@ def test_every_array_is_what_was_played(folder, capsys):
 
 def test_a_dataset_of_dicts_is_trained_on_and_scored(folder):
     """The environment is a module's, its observations are dicts; the command is the printed one."""
-    rows = record(gymnasium.make("reach_module:Reach-v0"), "reach/random-v0", 4, 20)
+    rows = record(gymnasium.make(MODULES), "reach/random-v0", 4, 20)
     done = execute(folder, ROOT / "tools/from_minari.py", "reach/random-v0", "--out-dir", "reach")
     data = np.load(folder / "reach/reach-random-v0.npz")
     expected = [[*s["goal"], *s["where"]] for s, *_ in rows]  # the keys in alphabetical order
@@ -95,7 +98,7 @@ def test_a_dataset_of_dicts_is_trained_on_and_scored(folder):
 
     _, _, command = done.stdout.strip().rpartition("to train: ")
     _, *line = shlex.split(command)
-    assert line[1:3] == ["--env-id", "reach_module:Reach-v0"]
+    assert line[1:3] == ["--env-id", MODULES]
     flags = [*TINY, "--flow-steps", "2", "--eval-every", "60"]
     execute(folder, *line, *flags)
     run = folder_of(folder / "runs")
