@@ -88,6 +88,7 @@ def test_every_array_is_what_was_played(folder, capsys):
     assert f"20 episodes, {len(rows)} transitions" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dataset_of_dicts_is_trained_on_and_scored(folder):
     """The environment is a module's, its observations are dicts; the command is the printed one."""
     rows = record(gymnasium.make(MODULES), "reach/random-v0", 4, 20)
