@@ -550,15 +550,15 @@ def resolve_args(args):
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
-        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
-        if isinstance(value, int | float) and not value >= least:  # nan is refused, too
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if min(args.hidden_dims, default=0) < 1 or args.learning_rate == 0 or args.seed >= 2**32:
-        raise ValueError("--hidden-dims and --learning-rate must be above 0, --seed below 2**32")
+        positive = type(value) not in (int, float) or value > 0  # nan is not
+        if not positive and not (value == 0 and name in MAY_BE_0.split()):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if min(args.hidden_dims, default=0) < 1 or args.seed >= 2**32:
+        raise ValueError("--hidden-dims must be positive, --seed below 2**32")
     if args.num_seeds != 1:
         raise ValueError("--num-seeds must be 1: start a run for each seed")
     if max(args.discount, args.tau) > 1:
-        raise ValueError("--discount must be from 0 to 1, and --tau, too")
+        raise ValueError("--discount and --tau are at most 1")
 
 
 # ------------------------------------------------------------------------- environment and data

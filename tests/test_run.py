@@ -87,6 +87,7 @@ def test_a_checkpoint_can_act(finished_run):
     assert np.abs(actions).max() <= 1
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_the_seeds_alone(finished_run, dataset_dir, tmp_path):
     done = run(SCRIPT, dataset_dir, tmp_path, "--num-seeds", "2", "--eval-every", "60")
     assert done.returncode == 0, done.stderr
@@ -322,6 +323,7 @@ def test_collected_data_is_official_in_form(dataset_dir):
     assert {"rewards", "masks", "next_observations"} < data.keys()
 
 
+@pytest.mark.slow
 def test_collected_data_is_the_same_by_another_number_of_workers(dataset_dir, tmp_path):
     """And when the collection was interrupted on the way."""
     tool = ROOT / "tools/collect_dataset.py"

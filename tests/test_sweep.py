@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import DOMAIN, ROOT, command, folder_of, run
@@ -282,7 +283,9 @@ def test_without_locks_and_cores(tmp_path, monkeypatch):
 def test_a_hang_up_stops_all(tmp_path, launcher):
     write_jobs(tmp_path, f"--until {tmp_path}/go", "")
     line = [*launcher, sys.executable, SWEEP, "run", tmp_path]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    # The tests may themselves run under nohup.
+    heed = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     wait_until(lambda: any(map(has_checkpoint, job_folder(tmp_path, 0).glob("*/"))))
     process.send_signal(signal.SIGHUP)
     if launcher:
