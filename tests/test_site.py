@@ -132,7 +132,7 @@ def test_page_of_a_script_holds_it(site, script):
     assert [text_of(line) for _, line in lines] == SCRIPTS[script].splitlines()
 
 
-@pytest.mark.parametrize("script", SCRIPTS.keys() - {sync_shared.FIRST})
+@pytest.mark.parametrize("script", sorted(SCRIPTS.keys() - {sync_shared.FIRST}))
 def test_difference_holds_what_is_new(site, script):
     """On the right, every line that its nearest does not have."""
     source = (site / page_of(script, "_beside.html")).read_text()
