@@ -189,7 +189,8 @@ def own_settings(record):
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
         return vars(sys.modules[name].Args(env_id=record["env_id"]))
-    except Exception:  # of a script that may be anybody's
+    except Exception as error:  # whatever a script of one's own raises when it is loaded
+        print(f"{found[0]} can't be loaded ({error!r}): its defaults count as settings")
         return {}
 
 
