@@ -556,6 +556,8 @@ def load_dataset(args, path, env):
         if "rewards" not in data and parse_env_id(args.env_id)[0]:
             data = ogbench.load_dataset(str(path), add_info=True)
             ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
+        if "timeouts" in data:  # ends that some sets do not count among the terminals
+            data = {**data, "terminals": np.logical_or(data["terminals"], data["timeouts"])}
         data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
         check_dataset(args, data, env)
     if args.sparse:
@@ -865,10 +867,14 @@ def log_metrics(args, log, metrics, step, updates_per_second):
 
 
 def check_finite(args, metrics, step):
-    for name, values in metrics.items():
-        for i in range(args.num_seeds):
-            if not np.isfinite(values[i]):
-                fail(f"{name} of seed {args.seed + i} is not finite at step {step}")
+    """Names the seeds whose metrics are not finite; exits if there is no other."""
+    finite = np.isfinite(list(metrics.values())).all(axis=0)  # (seeds,)
+    lost = [args.seed + int(i) for i in np.flatnonzero(~finite)]
+    if len(lost) == args.num_seeds:
+        fail(f"the loss of seed {lost} is not finite at step {step}: lower --learning-rate")
+    if lost and step % args.log_every == 0:
+        words = "to go on without it, do nothing: the others train on"
+        tqdm.write(f"the loss of seed {lost} is not finite at step {step}; {words}")
 
 
 def train_offline(args, networks, states, env, paths, dataset, act, envs, log):

@@ -104,6 +104,17 @@ def random_episodes(env, count):
     return dict(zip(names, columns, strict=True))
 
 
+def test_an_end_that_is_only_in_timeouts_is_an_end(pendulum, tmp_path):
+    arrays = dict(np.load(pendulum / "data/pendulum.npz"))
+    arrays["timeouts"] = arrays.pop("terminals")
+    arrays["terminals"] = np.zeros_like(arrays["timeouts"])
+    np.savez(tmp_path / "d4rl.npz", **arrays)
+    args = qam.Args(env_id=PENDULUM)
+    data = qam.load_dataset(args, tmp_path / "d4rl.npz", qam.make_env(args))
+    np.testing.assert_array_equal(data.terminals, arrays["timeouts"])
+    np.testing.assert_array_equal(data.masks, arrays["masks"])
+
+
 def test_data_are_what_the_page_says(pendulum):
     data = np.load(pendulum / "data/pendulum.npz")
     shapes = {name: data[name].shape for name in data.files}

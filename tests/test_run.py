@@ -128,6 +128,18 @@ def test_shards_take_turns(finished_run, dataset_dir, tmp_path):
     assert column(stopped, "critic_loss") == losses
 
 
+def test_a_seed_that_is_not_finite_is_named_and_the_others_go_on(capsys):
+    args = qam.Args(seed=7, num_seeds=3, log_every=10)
+    losses = np.array([1.0, np.nan, 2.0])
+    qam.check_finite(args, {"critic_loss": losses, "grad_norm": np.ones(3)}, 20)
+    assert "seed [8] is not finite at step 20" in capsys.readouterr().out
+    qam.check_finite(args, {"critic_loss": np.ones(3), "grad_norm": np.ones(3)}, 30)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        qam.check_finite(args, {"critic_loss": losses, "grad_norm": losses[[1, 0, 1]]}, 20)
+    assert "seed [7, 8, 9]" in capsys.readouterr().err
+
+
 def test_loss_that_is_not_finite_stops_the_run(dataset_dir, tmp_path):
     flags = ("--learning-rate", "1e30", "--max-grad-norm", "1e30")
     done = run(SCRIPT, dataset_dir, tmp_path, *flags)
