@@ -868,8 +868,7 @@ def check_finite(args, metrics, step):
     if len(lost) == args.num_seeds:
         fail(f"the loss of seed {lost} is not finite at step {step}: lower --learning-rate")
     if lost and step % args.log_every == 0:
-        words = "to go on without it, do nothing: the others train on"
-        tqdm.write(f"the loss of seed {lost} is not finite at step {step}; {words}")
+        tqdm.write(f"the loss of seed {lost} is not finite at step {step}; to go on, do nothing")
 
 
 def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
@@ -943,7 +942,7 @@ def main(args):
             train_offline(args, networks, states, env, paths, dataset, act, envs, log)
     except (EOFError, ConnectionError) as error:
         if not stop_signals:  # a batch system stops all processes at once
-            words = f"an evaluation process has died ({error!r}; --eval-envs 1 needs less memory)"
+            words = f"an evaluation process has died (try --eval-envs 1) or a reader: {error!r}"
             sys.exit(f"error: {words}; {how_to_resume(run_dir)}")
     log.bar.close()
     if stop_signals:
