@@ -162,6 +162,8 @@ def script_page(path):
     for paragraph in rest.split("\n\n"):
         if re.match(r"\(\d+\) ", paragraph):
             parts.append(f"```text\n{paragraph}\n```")
+        elif paragraph.startswith("    "):  # commands, code by Markdown's own rule
+            parts.append(paragraph)
         else:
             parts.append(re.sub(r"([*_<])", r"\\\1", paragraph))
     curves = metrics_of(path)

@@ -124,9 +124,10 @@ def test_the_figure_by_keys_and_mouse(shown):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_page_of_a_script_holds_it(site, script):
-    """Every line, numbered."""
+    """Every line, numbered; above, the docstring without Markdown's escapes."""
     source = (site / page_of(script)).read_text()
-    _, _, whole = source.partition('id="the-whole-file"')
+    head, _, whole = source.partition('id="the-whole-file"')
+    assert not re.search(r"\\[*_<]", text_of(head.partition("<article")[2]))
     lines = re.findall(r'<span id="line-file-(\d+)">(.*?)\n', whole)
     assert [int(number) for number, _ in lines] == list(range(1, len(lines) + 1))
     assert [text_of(line) for _, line in lines] == SCRIPTS[script].splitlines()
