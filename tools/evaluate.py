@@ -269,7 +269,8 @@ def acts_by(run, name):
     for value in (own, own + 1):
         changed = dataclasses.replace(run.args, **{name: value})
         key = jax.random.key(0)
-        actions.append(run.script.sample_actions(changed, run.networks, params, observations, key))
+        act = jax.jit(partial(run.script.sample_actions, changed, run.networks))
+        actions.append(act(params, observations, key))
     return not np.array_equal(*actions)
 
 
