@@ -163,6 +163,22 @@ def test_a_modules_environment_with_dicts_shards_and_bounds_of_its_own(reach_run
     assert [path.rpartition("/")[2] for path in record["data"]["path"]] == ["a.npz", "b.npz"]
 
 
+def test_one_run_acts_in_many_ways(reach, reach_run):
+    """A line and a row each; the run's own way scores what it did, and is the CSV's only such."""
+    flags = "--best-of-n 1 3 --flow-steps 2 4 -o kept/acting.csv".split()
+    done = execute(reach, ROOT / "tools/evaluate.py", reach_run, *flags)
+    pattern = r"step 60 seed 1 policy best_of_n (\d) flow_steps (\d) success_rate .* episodes 2"
+    assert re.findall(pattern, done.stdout) == [("1", "2"), ("1", "4"), ("3", "2"), ("3", "4")]
+    rows = read_rows(reach / "kept/acting.csv")
+    (own,) = read_rows(reach_run / "eval.csv")
+    for name in ("step", "seed", "success_rate", "return", "length", "episodes"):
+        assert rows[0][name] == own[name]
+    assert len({row["return"] for row in rows}) == 4
+    told = [rows[3][name] for name in ("run", "script", "env_id", "policy", "guidance_weight")]
+    assert told == [reach_run.name, "qam_offline", REACH, "policy", ""]
+    assert (rows[3]["best_of_n"], rows[3]["flow_steps"]) == ("3", "4")
+
+
 @pytest.mark.slow
 def test_it_goes_online(reach):
     flags = ["--online-steps", "60", "--start-training", "20", "--run-dir", "online"]

@@ -4,6 +4,10 @@ Each run's args.json names its script, which is loaded: so it serves every algor
 own, too. A line per run and seed goes to standard output. Episodes and noise are those of the run's
 own evaluations, and the score does not depend on the number of processes.
 
+Some flags only act, and a run that has learned can act in many ways. --best-of-n 1 4 16
+--flow-steps 5 10 scores all six, a line each; -o keeps them as a CSV file, which tools/report.py
+draws. A flag by which the run's script does not act is refused.
+
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
 the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds. It
@@ -15,6 +19,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -22,7 +27,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import flax
 import gymnasium
@@ -32,6 +37,13 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+# What sample_actions may read, and what was learned stays the same: a' of the critic is one draw
+# whatever --best-of-n is, a velocity can be followed in more steps or fewer, and guidance is added
+# while acting alone. Other flags that acting depends on (--noise-scale of DSRL, --edit-scale,
+# --guidance-coef of CGQL, --diffusion-steps) are part of what a run has learned.
+ACTING = ("best_of_n", "flow_steps", "guidance_weight")
+COLUMNS = ("run", "script", "env_id", "step", "seed", "policy", *ACTING)
+COLUMNS += ("success_rate", "return", "length", "episodes")
 
 
 @dataclasses.dataclass
@@ -42,6 +54,14 @@ class Args:
     """episodes per seed (None: as many as in the run's own evaluations)"""
     envs: int | None = None
     """environment processes (None: as in the run)"""
+    best_of_n: tuple[int, ...] | None = None
+    """chunks drawn when acting: each of these numbers (None: as in the run)"""
+    flow_steps: tuple[int, ...] | None = None
+    """steps from noise to action, likewise"""
+    guidance_weight: tuple[float, ...] | None = None
+    """of Q's gradient in acting (QGF), likewise"""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """a CSV file to write: a row a line"""
     behavior: bool = False
     """score the behavior flow"""
     video: int = 0
@@ -74,16 +94,17 @@ def load_script(record):
     found = [place for place in places if place.is_file()]
     if not found:
         fail(f"{path} is gone, and no script of this project has that name")
-    if hashlib.sha256(found[0].read_bytes()).hexdigest() != record.get("script_sha256"):
-        say(f"{found[0]} was edited since the run")
     # By its name, so that the environment processes can import it, too.
     sys.path.insert(0, str(found[0].parent))
     sys.modules.pop(path.stem, None)
     return importlib.import_module(path.stem)
 
 
-def script_args(script, record, args):
-    """The run's Args, with this evaluation's number of episodes and processes."""
+def script_args(script, record, args, way):
+    """The run's Args, with this evaluation's number of episodes and processes, and way of acting.
+
+    `way`: {flag: value} of those flags of ACTING that are to differ from the run's.
+    """
     names = [field.name for field in dataclasses.fields(script.Args)]
     try:
         values = {name: record[name] for name in names if name in record}
@@ -92,6 +113,7 @@ def script_args(script, record, args):
             values["eval_episodes"] = args.episodes
         if args.envs is not None:
             values["eval_envs"] = args.envs
+        values.update(way)
         return script.Args(**values)
     except (LookupError, TypeError) as error:
         fail(f"its args.json does not fit {script.__file__} ({error!r})")
@@ -133,9 +155,9 @@ def make_behavior_act(script, args, networks):
     return jax.jit(act)
 
 
-def write_rows(path, rows):
+def write_rows(path, rows, columns):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -190,13 +212,23 @@ def say(message):
     print(message, file=sys.stderr, flush=True)
 
 
-def score(args, run):
-    """Score one run: a line and, for the behavior flow, a row per seed; then the videos."""
-    record = read_record(run)
+class Run(NamedTuple):
+    """What it takes to act as a run does."""
+
+    path: Path
+    record: dict  # its args.json
+    script: Any  # its module
+    args: Any  # its Args
+    states: dict  # of its checkpoint
+    env: Any
+    networks: Any
+
+
+def open_run(args, path):
+    record = read_record(path)
     script = load_script(record)
-    run_args = script_args(script, record, args)
-    states = read_checkpoint(args.checkpoint or run / "checkpoint.msgpack")
-    step = steps_done(record, states)
+    run_args = script_args(script, record, args, {})
+    states = read_checkpoint(args.checkpoint or path / "checkpoint.msgpack")
     domain, environment_id, _ = script.parse_env_id(run_args.env_id)
     if args.video and domain:
         # OGBench's own are 200 pixels; other environments may not take a size.
@@ -204,40 +236,135 @@ def score(args, run):
     env = script.ChunkedEpisode(run_args)
     dims = env.observation_space.shape + env.env.action_space.shape  # O, A
     networks = script.make_networks(run_args, *dims)
-    who = "policy"
-    act = jax.jit(partial(script.sample_actions, run_args, networks))
-    if args.behavior:
-        who = "behavior"
-        if "behavior" not in states["params"]:
-            fail(f"{run} has no behavior flow: its networks are {', '.join(states['params'])}")
-        act = make_behavior_act(script, run_args, networks)
-    if args.video:
-        say_what_rendering_costs(env, args, len(states["step"]))
+    return Run(path, record, script, run_args, states, env, networks)
 
-    say(f"{run}: starting {run_args.eval_envs} processes, {run_args.eval_episodes} episodes a seed")
-    envs = script.start_eval_envs(run_args)
+
+def params_of_seed(states, i):
+    """What the script's sample_actions takes: a state's params, and its target_params."""
+    params = jax.tree.map(lambda x: x[i], states["params"])
+    params["target"] = jax.tree.map(lambda x: x[i], states["target_params"])
+    return params
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def acts_by(run, name):
+    """Whether actions change with a flag, with the run's other settings as they are.
+
+    Parameters are drawn at random: what has been learned may end at -1 or 1 whatever the flag is.
+    """
+    if not hasattr(run.args, name):
+        return False
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return rng.normal(0.0, 0.1, x.shape).astype(np.float32)
+
+    params = jax.tree.map(draw, params_of_seed(run.states, 0))
+    observations = draw(np.zeros((8, *run.env.observation_space.shape)))
+    own = getattr(run.args, name)
+    actions = []
+    for value in (own, own + 1):
+        changed = dataclasses.replace(run.args, **{name: value})
+        key = jax.random.key(0)
+        act = jax.jit(partial(run.script.sample_actions, changed, run.networks))
+        actions.append(act(params, observations, key))
+    return not np.array_equal(*actions)
+
+
+def given_flags(args):
+    """{flag: its values} of the flags of ACTING that are on the command line."""
+    given = {}
+    for name in ACTING:
+        values = getattr(args, name)
+        if values == ():
+            fail(f"{flag_of(name)} needs one value or more")
+        if values is not None:
+            given[name] = tuple(dict.fromkeys(values))
+    return given
+
+
+def ways_of_acting(args, path):
+    """What is to be scored of a run: dicts {flag: value} of all flags that its script acts by."""
+    given = given_flags(args)
+    if not given and args.output is None:
+        return [{}]
+    run = open_run(args, path)
+    values = {}
+    for name in ACTING:
+        if acts_by(run, name):
+            values[name] = given.get(name, (getattr(run.args, name),))
+        elif name in given:
+            script = Path(run.record["script"]).name
+            fail(f"{path}: {script} does not act by {flag_of(name)} here: leave out one of the two")
+    ways = [dict(zip(values, way, strict=True)) for way in itertools.product(*values.values())]
+    for way in ways:
+        script_args(run.script, run.record, args, way)  # which says what the script does not take
+    return ways
+
+
+def score(args, path, ways, table):
+    """Score one run: each way of acting, each seed; behavior.csv for the behavior flow."""
+    run = open_run(args, path)
+    file = Path(run.script.__file__)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != run.record.get("script_sha256"):
+        say(f"{file} was edited since the run")
+    if args.behavior and "behavior" not in run.states["params"]:
+        fail(f"{path} has no behavior flow: its networks are {', '.join(run.states['params'])}")
+    if args.video:
+        say_what_rendering_costs(run.env, args, len(run.states["step"]) * len(ways))
+    say(
+        f"{path}: starting {run.args.eval_envs} processes, {run.args.eval_episodes} episodes a seed"
+    )
+    envs = run.script.start_eval_envs(run.args)
     rows = []
-    for i, seed in enumerate(range(run_args.seed, run_args.seed + len(states["step"]))):
-        params = jax.tree.map(lambda x: x[i], states["params"])  # noqa: B023
-        params["target"] = jax.tree.map(lambda x: x[i], states["target_params"])  # noqa: B023
-        key = jax.random.wrap_key_data(states["key"][i], impl="threefry2x32")
-        key = jax.random.fold_in(key, 2**31 - 1)  # as in the script's evaluations
-        started = time.perf_counter()
-        scores = script.evaluate(run_args, act, params, envs, key)
-        seconds = round(time.perf_counter() - started, 1)
-        words = " ".join(f"{name} {value}" for name, value in scores.items())
-        print(f"step {step} seed {seed} {who} {words}", flush=True)
-        row = {"step": step, "seed": seed, "phase": who, **scores, "wall_seconds": seconds}
-        rows.append(row)
-        for episode in range(min(args.video, run_args.eval_episodes)):
-            num_rows = run_args.eval_episodes
-            frames = record_episode(env, act, params, key, episode, num_rows, args.video_steps)
-            end = "success" if env.scores[0] > 0 else "no_success"
-            name = f"{who}_step_{step}_seed_{seed}_episode_{episode}_{end}.mp4"
-            write_video(run / "videos" / name, frames)
+    for way in ways:
+        rows += score_way(args, run, envs, way, table)
     envs.close(terminate=True)
     if args.behavior:
-        write_rows(run / "behavior.csv", rows)
+        write_rows(path / "behavior.csv", rows, rows[0])
+
+
+def score_way(args, run, envs, way, table):
+    """A line and a row for each seed, and its videos. `table`: the rows of the file -o."""
+    run_args = script_args(run.script, run.record, args, way)
+    who = "policy"
+    act = jax.jit(partial(run.script.sample_actions, run_args, run.networks))
+    if args.behavior:
+        who = "behavior"
+        act = make_behavior_act(run.script, run_args, run.networks)
+    step = steps_done(run.record, run.states)
+    asked = [f"{name} {way[name]}" for name in given_flags(args)]
+    rows = []
+    for i, seed in enumerate(range(run_args.seed, run_args.seed + len(run.states["step"]))):
+        params = params_of_seed(run.states, i)
+        key = jax.random.wrap_key_data(run.states["key"][i], impl="threefry2x32")
+        key = jax.random.fold_in(key, 2**31 - 1)  # as in the script's evaluations
+        started = time.perf_counter()
+        scores = run.script.evaluate(run_args, act, params, envs, key)
+        seconds = round(time.perf_counter() - started, 1)
+        words = [f"{name} {value}" for name, value in scores.items()]
+        print(" ".join([f"step {step} seed {seed} {who}", *asked, *words]), flush=True)
+        rows.append({"step": step, "seed": seed, "phase": who, **scores, "wall_seconds": seconds})
+        if args.output is not None:
+            names = {"run": run.path.resolve().name, "script": Path(run.record["script"]).stem}
+            row = {"step": step, "seed": seed, "policy": who, **way, **scores}
+            table.append({**names, "env_id": run_args.env_id, **row})
+            write_rows(args.output, table, COLUMNS)
+        name = "_".join([who, *asked, f"step_{step}_seed_{seed}"]).replace(" ", "_")
+        record_videos(args, run, act, params, key, name)
+    return rows
+
+
+def record_videos(args, run, act, params, key, name):
+    """The first episodes of a seed; `name`: what their files' names begin with."""
+    num_rows = run.args.eval_episodes
+    for episode in range(min(args.video, num_rows)):
+        frames = record_episode(run.env, act, params, key, episode, num_rows, args.video_steps)
+        end = "success" if run.env.scores[0] > 0 else "no_success"
+        write_video(run.path / "videos" / f"{name}_episode_{episode}_{end}.mp4", frames)
 
 
 def write_video(path, frames):
@@ -248,16 +375,41 @@ def write_video(path, frames):
     say(path)
 
 
+def parse_args():
+    """The command line; a flag of the scripts that does more than act is refused by name."""
+    args, unknown = tyro.cli(Args, description=__doc__, return_unknown_args=True)
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    for path in map(Path, [*args.runs, *unknown]):
+        for flag in flags:
+            name = flag.removeprefix("--").replace("-", "_")
+            if (path / "args.json").is_file() and name in read_record(path):
+                acting = ", ".join(map(flag_of, ACTING))
+                fail(f"{flag} does more than act, so the run keeps its own: there are {acting}")
+    # What else is unknown is for tyro to tell.
+    return tyro.cli(Args, description=__doc__) if unknown else args
+
+
+def check_flags(args):
+    """Refuse what does not go together."""
+    if args.checkpoint is not None and len(args.runs) != 1:
+        fail("--checkpoint goes with one run")
+    if not args.runs:
+        fail("name at least one run folder")
+    beside = [flag_of(name) for name in given_flags(args)]
+    if args.output is not None:
+        beside.append("--output")
+    if args.behavior and beside:
+        words = "--behavior scores the flow as the run trained it, into behavior.csv of its folder"
+        fail(f"{words}: leave out {', '.join(beside)}")
+
+
 def main(args):
     signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
     if args.video:
         os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
         if importlib.util.find_spec("imageio_ffmpeg") is None:
             fail('--video needs an encoder: pip install "imageio[ffmpeg]"')
-    if args.checkpoint is not None and len(args.runs) != 1:
-        fail("--checkpoint goes with one run")
-    if not args.runs:
-        fail("name at least one run folder")
+    check_flags(args)
     runs = [run.expanduser() for run in args.runs]
     begun = [run for run in runs if (run / "args.json").exists()]
     waiting = [run for run in begun if not (run / "checkpoint.msgpack").exists()]
@@ -265,9 +417,19 @@ def main(args):
         for run in waiting:
             say(f"{run} is left out: it has no checkpoint yet")
             runs.remove(run)
+    # Of all runs before the first is scored: what is refused later would be told minutes later.
+    ways = {run: ways_of_acting(args, run) for run in runs}
+    table = []
+    if args.output is not None:
+        args.output = args.output.expanduser()
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(args.output, table, COLUMNS)
+        except OSError as error:
+            fail(f"--output {args.output} can't be written: {error}")
     for run in runs:
         try:
-            score(args, run)
+            score(args, run, ways[run], table)
         except (EOFError, ConnectionError):
             sys.exit(
                 "error: an environment process has died, perhaps for want of memory: see --envs"
@@ -277,4 +439,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

@@ -17,6 +17,11 @@ aggregate.png   over two or more tasks: interquartile mean over steps, performan
                 probability that one method is better than another (arXiv 2108.13264); from eight
                 methods on, each one's interquartile mean
 
+Of files that tools/evaluate.py -o has written it makes report.md and acting.png: success over the
+flags that only act, a panel a task and method, each seed thin.
+
+    python tools/report.py acting.csv -o report
+
 Runs of one task, script and setting are seeds of one curve; the setting lists the arguments, and
 the data, that differ among the runs of a task (and are not what each script takes by itself).
 Intervals hold 95 % of 2,000 bootstrap samples: seeds are drawn again, within each task. Tables
@@ -84,6 +89,8 @@ METHODS = {
 }
 # CGQL's modes are methods of their own there.
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
+# The flags of tools/evaluate.py that only act.
+ACTING = ("best_of_n", "flow_steps", "guidance_weight")
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MOST_CURVES = 7  # of a panel; more would hide each other
@@ -832,6 +839,117 @@ def what_was_read(results):
     return "\n".join(parts) or "All runs have come to their end."
 
 
+# --------------------------------------------------------------------------- flags that only act
+
+
+def is_of_acting(path):
+    """Whether a file is one that tools/evaluate.py -o has written."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        names = csv.DictReader(file).fieldnames
+    return set(ACTING) <= set(names or ())
+
+
+def read_acting(paths):
+    """{(task, method): {way: {seed: success}}}; a way: for each of ACTING its value, or None."""
+    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for path in paths:
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    way = tuple(float(row[name]) if row[name] else None for name in ACTING)
+                    method = METHODS.get(row["script"], row["script"])
+                    scores = panels[row["env_id"], method][way]
+                    seed = int(row["seed"])
+                    if seed in scores:
+                        words = f"{path}: {row['env_id']}, {method} has two runs of seed {seed}"
+                        fail(f"{words} that act in the same way: leave one of them out")
+                    scores[seed] = float(row["success_rate"])
+        except (KeyError, TypeError, ValueError) as error:
+            fail(f"{path} can't be read as scores: {error!r}")
+    if not panels:
+        fail(f"nothing has been scored yet in {', '.join(map(str, paths))}")
+    return panels
+
+
+def in_short(value):
+    return "" if value is None else f"{value:g}"
+
+
+def describe_way(way, chosen):
+    """For example 'best_of_n 4'; `chosen`: places in ACTING."""
+    return " ".join(f"{ACTING[i]} {in_short(way[i])}" for i in chosen)
+
+
+def in_order(value):
+    """To sort by: None, where a script does not act by a flag, comes first."""
+    return -1 if value is None else value
+
+
+def draw_acting(panels, title):
+    """A panel a task and method: success over the flag with most values, a curve for the others."""
+    figure, all_axes = stacked_axes(len(panels), title)
+    for axes, ((task, method), ways) in zip(all_axes, panels.items(), strict=True):
+        ways = dict(sorted(ways.items(), key=lambda item: [*map(in_order, item[0])]))
+        values = [list(dict.fromkeys(column)) for column in zip(*ways, strict=True)]
+        counts = [len(different) for different in values]
+        across = counts.index(max(counts))
+        others = [i for i, count in enumerate(counts) if count > 1 and i != across]
+        places = {value: place for place, value in enumerate(sorted(values[across], key=in_order))}
+        curves = collections.defaultdict(dict)  # name -> place on the axis -> {seed: success}
+        for way, scores in ways.items():
+            curves[describe_way(way, others)][places[way[across]]] = scores
+        ends = {}
+        axes.set(ylim=(-0.03, 1.03), xlabel=ACTING[across], ylabel="success")
+        for color, (name, points) in zip(itertools.cycle(COLORS), curves.items(), strict=False):
+            ends[name] = (draw_way(axes, points, color), color)
+        axes.set_xticks(list(places.values()), list(map(in_short, places)))
+        axes.grid(alpha=0.25)
+        axes.set_title(textwrap.fill(f"{method}, {task}", 70), fontsize=10)
+        label_ends(axes, ends)
+    return figure
+
+
+def draw_way(axes, points, color):
+    """The mean over seeds and, if there are several, each seed; the height of the curve's end."""
+    places = sorted(points)
+    means = [np.mean(list(points[place].values())) for place in places]
+    axes.plot(places, means, color=color, marker="o", linewidth=1.8)
+    seeds = {seed for scores in points.values() for seed in scores}
+    for seed in seeds if len(seeds) > 1 else ():
+        there = [place for place in places if seed in points[place]]
+        scores = [points[place][seed] for place in there]
+        axes.plot(there, scores, color=color, alpha=0.35, linewidth=0.7, marker=".")
+    return means[-1]
+
+
+def table_of_acting(panels):
+    rows = []
+    for (task, method), ways in panels.items():
+        for way, scores in ways.items():
+            values = map(in_short, way)
+            seeds = ", ".join(f"{seed}: {success:.2f}" for seed, success in scores.items())
+            rows.append((task, method, *values, f"{np.mean(list(scores.values())):.2f}", seeds))
+    return markdown_table(("task", "method", *ACTING, "success", "seeds"), rows)
+
+
+def report_acting(args):
+    """report.md and acting.png."""
+    for path in args.runs:
+        if not is_of_acting(path):
+            fail(f"{path} is none of tools/evaluate.py -o, as others given are: report it alone")
+    panels = read_acting(args.runs)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        draw_acting(panels, args.title).savefig(args.output / "acting.png", dpi=140)
+        title = args.title or "Flags that only act"
+        figure = "![success over flags that only act](acting.png)"
+        write_report(args, [f"# {title}", table_of_acting(panels), figure], ["acting.png"])
+    except OSError as error:
+        fail(str(error), status=1)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -934,6 +1052,8 @@ def main(args):
         return report_published(args)
     if not args.runs:
         fail("no run folder, sweep folder or results.csv is given")
+    if any(is_of_acting(path) for path in args.runs):
+        return report_acting(args)
     results = read_results(args)
     tasks = list(dict.fromkeys(key.task for key in results.curves))
     parts = [f"# {args.title or ', '.join(tasks)}", what_was_read(results)]
