@@ -121,7 +121,7 @@ class Args(NamedTuple):
 
 def run(args):
     """Train, print and draw: a figure. Numbers are distances to the optimum."""
-    if not (0 <= args.inv_temp < np.inf and args.steps > 0 and min(args.flow_steps) > 1):
+    if not (0 <= args.inv_temp < np.inf and args.steps > 0 and min(args.flow_steps, default=0) > 1):
         qam.fail("--inv-temp must be 0 or more, --steps 1 or more, --flow-steps 2 or more")
     rng = np.random.default_rng(args.seed)
     data = draw(rng, MEANS, STD, np.ones(4) / 4)
@@ -133,12 +133,12 @@ def run(args):
         panels[f"policy, T = {flow_steps}"] = jax.block_until_ready(actions)
         print(f"T = {flow_steps}: {args.steps} updates in {time.perf_counter() - started:.0f} s")
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 3), sharey=True)
     for axis, (name, actions) in zip(axes, panels.items(), strict=True):
-        title = f"{name}: {distance(actions, target):.4f}"
-        print(f"distance to the optimum, {title}")
+        far = distance(actions, target)
+        print(f"distance to the optimum, {name}: {far:.4f}")
         axis.plot(*actions.T, ".", markersize=1)
-        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", title=title)
+        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", title=f"{name}\n{far:.4f}")
     return figure
 
 
@@ -146,5 +146,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     with qam.or_fail(f"--output {args.output} can't be written"):
         plt.figure().savefig(args.output)  # empty: a bad name is told before the training
-    run(args).savefig(args.output, dpi=110)
+    run(args).savefig(args.output, dpi=120, bbox_inches="tight")
     print(f"wrote {args.output}")

@@ -72,18 +72,22 @@ def test_a_short_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--flow-steps", "1"), "--flow-steps 2 or more"),
-        (("--inv-temp", "nan"), "--inv-temp must be 0 or more"),
-        (("--output", "no/bandit.png"), "error: --output no/bandit.png can't be written"),
-    ],
+    "flags", [{"flow_steps": (10, 1)}, {"flow_steps": ()}, {"inv_temp": np.nan}, {"steps": 0}]
 )
-def test_what_cannot_be_is_told_at_once(tmp_path, flags, words):
-    done = run_bandit(tmp_path, *flags)
+def test_numbers_that_cannot_be(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        bandit.run(bandit.Args(**flags))
+    assert end.value.code == 2
+    assert "error: --inv-temp must be 0 or more, --steps 1 or more" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    """Told before the training."""
+    done = run_bandit(tmp_path, "--output", "no/bandit.png")
     assert done.returncode == 2
-    assert words in done.stderr
+    assert "error: --output no/bandit.png can't be written" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "updates" not in done.stdout
 
 
 def test_a_class_can_read_it():
@@ -153,9 +157,13 @@ def test_sliders(notebook):
     move = "sliders.widget.children[0].value = 2.0"
     notebook.cells.append(nbformat.v4.new_code_cell(move))
     printed, pictures = execute(notebook, ROOT / "docs")
-    assert pictures >= 1
-    before, after = re.findall(r"optimum, data: (\d\.\d+)", printed)
-    assert float(after) > float(before)  # with a larger inv_temp the optimum is farther away
+    assert pictures == 1  # the second run's take the place of the first's
+    rng = np.random.default_rng(0)
+    data = bandit.draw(rng, bandit.MEANS, bandit.STD, np.ones(4) / 4)
+    target = bandit.draw(rng, *bandit.optimum(2.0))
+    found = distances(printed)
+    assert found["data"] == pytest.approx(float(bandit.distance(data, target)), abs=1e-4)
+    assert found["policy, T = 10"] < 0.8 * found["data"]
 
 
 @pytest.mark.slow
@@ -174,7 +182,7 @@ def test_without_sliders_and_away_from_the_project(notebook, tmp_path):
     assert (tmp_path / "docs/qam_offline.py").exists()
     assert pictures == 1
     found = distances(printed)
-    assert found["policy, T = 10"] < 0.5 * found["data"]
+    assert found["policy, T = 10"] < 0.8 * found["data"]
 
 
 @pytest.mark.slow
