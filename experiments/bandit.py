@@ -146,5 +146,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     with qam.or_fail(f"--output {args.output} can't be written"):
         plt.figure().savefig(args.output)  # empty: a bad name is told before the training
-    run(args).savefig(args.output, dpi=120, bbox_inches="tight")
+    run(args).savefig(args.output, dpi=110, bbox_inches="tight")
     print(f"wrote {args.output}")
