@@ -30,7 +30,10 @@ rows = []  # of the table
 
 
 def tell(chapter, what, numbers, seed="", draws=""):
-    """A row of the table: numbers as the chapter has them, and of how many draws they are."""
+    """A row of the table: numbers as the chapter has them, and of how many draws they are.
+
+    Markdown's tables know no vertical bars.
+    """
     rows.append(f"| {chapter} | {what} | {numbers} | {seed} | {draws} |")
     print(f"{chapter}: {what}: {numbers}", flush=True)
 
@@ -159,9 +162,14 @@ def draw_adjoint(xs, adjoints, start):
     t = np.arange(num_steps) / num_steps
     band = np.quantile(sizes, [0.1, 0.9], axis=1)
     right.fill_between(t, *band, color="#b35806", alpha=0.25, label="$|g_i|$, 80 % of the paths")
-    right.plot(t, np.median(sizes, axis=1), color="#b35806", label="$|g_i|$, median")
+    median = np.median(sizes, axis=1)
+    right.plot(t, median, color="#b35806", label="$|g_i|$, median")
     size = np.median(np.linalg.norm(start, axis=-1))
     right.axhline(size, color="#2b83ba", linestyle="--", label="$|\\nabla Q|$ at $x_T$, median")
+    peak = band[1].argmax()
+    what = "widest band of 80 %: t, its upper end, median of g_i; median of grad Q"
+    numbers = listed([t[peak], band[1, peak], median[peak], size], 1)
+    tell(5, f"{what}, T = {num_steps}", numbers, 0, sizes.shape[1])
     right.set(xlabel="t", title=f"sizes over {sizes.shape[1]:,} paths, T = {num_steps}")
     right.legend(fontsize=8, loc="upper left")
     right.grid(alpha=0.3)
@@ -221,7 +229,8 @@ def distances_to_the_data(data, again):
     tell(3, what, listed(distances(noisy), 3), 0, NUM_SAMPLES)
     for n in (5, 10):
         others = distances([sde_states(base, n, seed) for seed in range(6)])
-        tell(3, f"the same, T = {n}, six draws", listed(others, 3), "0 to 5", NUM_SAMPLES)
+        what = f"the same, T = {n}, least and most of six draws"
+        tell(3, what, listed([min(others), max(others)], 3), "0 to 5", NUM_SAMPLES)
 
 
 def sizes_of_adjoints():
@@ -232,16 +241,16 @@ def sizes_of_adjoints():
         at_end = jnp.linalg.norm(g, axis=-1)  # (B,)
         sizes = jnp.linalg.norm(adjoints_of(xs, g), axis=-1)  # (T, B)
         means = [sizes[i].mean() for i in (0, num_steps // 2, num_steps - 1)]
-        what = "mean of |g_i| at t = 0, in the middle, in the last step, and of |grad Q|"
+        what = "mean size of g_i at t = 0, in the middle, in the last step, and of grad Q"
         tell(5, f"{what}, T = {num_steps}", listed([*means, at_end.mean()]), 0, NUM_PATHS)
         ratios = np.asarray(sizes[num_steps // 2] / at_end)
         quantiles = np.quantile(ratios, [0.5, 0.9, 0.99, 1])
-        what = f"|g_i| / |grad Q| in the middle: median, 90 %, 99 %, largest, T = {num_steps}"
-        tell(5, what, listed(quantiles, 1), 0, NUM_PATHS)
+        what = "size of g_i over that of grad Q in the middle: median, 90 %, 99 %, largest"
+        tell(5, f"{what}, T = {num_steps}", listed(quantiles, 1), 0, NUM_PATHS)
     xs = sde_states(base, 10, num_paths=NUM_PATHS)
     adjoints = adjoints_of(xs, terminal_adjoint(xs[-1]), own_time=True)
     size = jnp.linalg.norm(adjoints[-1], axis=-1).mean()
-    what = "mean of |g_i| in the last step, T = 10, with v at t_i"
+    what = "mean size of g_i in the last step, T = 10, with v at t_i"
     tell(5, what, f"{size:.2f}", 0, NUM_PATHS)
 
 

@@ -82,6 +82,20 @@ def test_the_test_sees_traps(trap):
     assert faults or any(equation not in shown for equation in found)
 
 
+def test_numbers_of_the_lesson_are_the_programs():
+    """Each number of the table that dev/lesson_figures.py writes stands in its chapter."""
+    lesson = ROOT / "docs/lesson"
+    text = (lesson / "numbers.md").read_text()
+    table = re.search(r"<!-- numbers of .*? -->(.*?)<!-- end -->", text, re.S)[1]
+    rows = re.findall(r"^\| ([\d]|figure) \| .+? \| (.+?) \|", table, re.M)
+    assert len({chapter for chapter, _ in rows}) == 8
+    for chapter, numbers in rows:
+        (path,) = lesson.glob(f"{chapter}_*.md" if chapter.isdigit() else f"{chapter}.md")
+        stated = re.findall(r"[\d.]*\d", path.read_text())
+        for number in re.findall(r"\d+\.\d+", numbers):
+            assert number in stated, (path.name, number)
+
+
 def test_numbers_in_words_are_the_runs():
     """docs/metrics.md on QAM and its variants, and on the others that it names."""
     curves = {}  # {(script, metric): its values}
