@@ -226,16 +226,19 @@ def test_4_2_one_push_or_many():
 
 
 def sizes_of_adjoints(script):
-    """Mean of each step: (STEPS,)."""
+    """(STEPS, SAMPLES), and those of the gradient of Q at the end: (SAMPLES,)."""
     xs = rollout(script)
-    adjoints = script.lean_adjoint(BASE, xs[:-1], -gradient_of_value(xs[-1]))
-    return jnp.linalg.norm(adjoints, axis=-1).mean(axis=1)
+    g = -gradient_of_value(xs[-1])
+    adjoints = script.lean_adjoint(BASE, xs[:-1], g)
+    return jnp.linalg.norm(adjoints, axis=-1), jnp.linalg.norm(g, axis=-1)
 
 
 def test_5_1_carried_back_as_it_is(change):
     changed = change("g = g + h * product", "g = g + 0 * product")
-    assert float(sizes_of_adjoints(changed)[0]) == pytest.approx(2.2, abs=0.1)
-    sizes = sizes_of_adjoints(qam)
+    sizes, _ = sizes_of_adjoints(changed)
+    assert float(sizes[0].mean()) == pytest.approx(2.2, abs=0.1)
+    sizes, _ = sizes_of_adjoints(qam)
+    sizes = sizes.mean(axis=1)
     assert float(sizes[0]) == pytest.approx(0.01, abs=0.01)
     assert float(sizes[STEPS // 2]) == pytest.approx(1.0, abs=0.1)
     assert float(sizes[-1]) == pytest.approx(2.40, abs=0.05)
@@ -243,7 +246,10 @@ def test_5_1_carried_back_as_it_is(change):
 
 def test_5_2_linearized_where_the_step_begins(change):
     changed = change("drift(base_velocity, x, u, u)", "drift(base_velocity, x, u - h, u)")
-    assert float(sizes_of_adjoints(changed)[-1]) == pytest.approx(0.73, abs=0.05)
+    sizes, at_end = sizes_of_adjoints(changed)
+    assert_allclose(np.quantile(sizes[-1] / at_end, [0.5, 0.99]), [0.34, 5.46], rtol=0.15)
+    sizes, at_end = sizes_of_adjoints(qam)
+    assert_allclose(sizes[-1] / at_end, 1.1, rtol=0.01)
     h = 1 / STEPS
     for t, slope, factor in ((1 - h, -2.83, 0.33), (1, 1, 1.1)):
         # Of the velocity of one Gaussian.
