@@ -211,7 +211,7 @@ def gradients_through_plain_steps():
 
 def distances_to_the_data(data, again):
     """Chapters 2 and 3."""
-    tell(2, "distance of a second draw of the data", f"{closed_form.mmd(again, data):.3f}", 0, "")
+    tell(2, "distance of a second draw of the data", f"{closed_form.mmd(again, data):.3f}", 0, NUM_SAMPLES)
     all_steps = (1, 2, 5, 10, 30, 100)
     plain = [ode_states(base, draw_noise(1, NUM_SAMPLES, 2), n) for n in all_steps]
     noisy = [sde_states(base, n) for n in all_steps[1:]]
