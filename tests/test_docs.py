@@ -56,6 +56,8 @@ def equations(text):
         inside = match[1]
         if before.isalnum() or after.isalnum() or inside != inside.strip():
             faults.append(match[0])
+    # GitHub refuses that macro.
+    faults += [equation for equation in found if "\\operatorname" in equation]
     return found, faults
 
 
@@ -74,7 +76,8 @@ def test_markdown_leaves_equations_alone(path):
 
 
 @pytest.mark.parametrize(
-    "trap", [r"$a\_b$", "$x^*$ and $y^*$", r"$\{a\}$", "$$ a $$", "2$a$", "$a $"]
+    "trap",
+    [r"$a\_b$", "$x^*$ and $y^*$", r"$\{a\}$", "$$ a $$", "2$a$", "$a $", r"$\operatorname{a}$"],
 )
 def test_the_test_sees_traps(trap):
     found, faults = equations(f"See {trap}.")
