@@ -211,7 +211,13 @@ def gradients_through_plain_steps():
 
 def distances_to_the_data(data, again):
     """Chapters 2 and 3."""
-    tell(2, "distance of a second draw of the data", f"{closed_form.mmd(again, data):.3f}", 0, NUM_SAMPLES)
+    tell(
+        2,
+        "distance of a second draw of the data",
+        f"{closed_form.mmd(again, data):.3f}",
+        0,
+        NUM_SAMPLES,
+    )
     all_steps = (1, 2, 5, 10, 30, 100)
     plain = [ode_states(base, draw_noise(1, NUM_SAMPLES, 2), n) for n in all_steps]
     noisy = [sde_states(base, n) for n in all_steps[1:]]
@@ -331,6 +337,7 @@ def main():
 
     path = FOLDER / "numbers.md"
     head = "| chapter | what | numbers | seed | draws |\n|---|---|---|---|---|"
+    rows.sort(key=lambda row: row[2])  # by chapter
     table = "\n".join([head, *rows])
     path.write_text(TABLE.sub(rf"\1\n{table}\n\n\2", path.read_text()))
 
