@@ -60,7 +60,7 @@ def make_arrays():
         return qam.adjoint_matching_loss(policy, base, xs[:-1], adjoints)
 
     loss, gradient = jax.value_and_grad(loss_of)(params["policy"])
-    batch, losses = other_losses(args, networks, params, base, observations, key_batch)
+    batch, losses, gradients = other_losses(args, networks, params, observations, key_batch)
     h = 1 / STEPS
     arrays = {
         "inv_temp": args.inv_temp,
@@ -76,12 +76,16 @@ def make_arrays():
         **batch,
         **losses,
     }
-    flat = flatten_dict({"params": params, "grad": {"policy": gradient}}, sep="/")
+    gradients = {"policy": gradient, **gradients}
+    flat = flatten_dict({"params": params, "grad": gradients}, sep="/")
     return {name: np.asarray(array, np.float32) for name, array in {**arrays, **flat}.items()}
 
 
-def other_losses(args, networks, params, base, observations, key):
-    """Equations (1) and (2) on a batch: (its arrays, {"y", "critic_loss", "flow_loss"})."""
+def other_losses(args, networks, params, observations, key):
+    """Equations (1) and (2) on a batch: (its arrays, results, gradients by network).
+
+    Q' has the parameters of Q, as at the start of a run; it is constant all the same.
+    """
     keys = jax.random.split(key, 7)
     shape = (BATCH, args.horizon * ACTION)
     batch = {
@@ -96,20 +100,26 @@ def other_losses(args, networks, params, base, observations, key):
         "discount": args.discount,
         "rho": args.rho,
     }
-    critic = partial(networks.critic.apply, {"params": params["critic"]})
     next_s = batch["next_observations"]
     next_actions = qam.policy_actions(args, networks, params, next_s, batch["next_x0"])
-    next_q = critic(next_s, next_actions)
+    next_q = networks.critic.apply({"params": params["critic"]}, next_s, next_actions)
     discount_h = args.discount**args.horizon
     y = qam.td_target(batch["rewards"], batch["masks"], next_q, discount_h, args.rho)
-    q = critic(observations, batch["actions"])
-    flow_batch = [batch[name] for name in ("actions", "valid", "flow_x0", "flow_t")]
-    losses = {
-        "y": y,
-        "critic_loss": jnp.mean(batch["valid"] * (q - y) ** 2),
-        "flow_loss": qam.flow_matching_loss(base, *flow_batch),
-    }
-    return batch, losses
+
+    def critic_loss(critic_params):
+        q = networks.critic.apply({"params": critic_params}, observations, batch["actions"])
+        return jnp.mean(batch["valid"] * (q - y) ** 2)
+
+    def flow_loss(behavior_params):
+        velocity = partial(networks.behavior.apply, {"params": behavior_params}, observations)
+        flow_batch = [batch[name] for name in ("actions", "valid", "flow_x0", "flow_t")]
+        return qam.flow_matching_loss(velocity, *flow_batch)
+
+    results = {"next_actions": next_actions, "y": y}
+    gradients = {}
+    results["critic_loss"], gradients["critic"] = jax.value_and_grad(critic_loss)(params["critic"])
+    results["flow_loss"], gradients["behavior"] = jax.value_and_grad(flow_loss)(params["behavior"])
+    return batch, results, gradients
 
 
 if __name__ == "__main__":

@@ -83,16 +83,34 @@ def check(state, inv_temp, noise):
     assert_close(moved, -(sigmas**2) * np.array(state["adjoints"]) / 2, tolerance=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
+def run_in_node(expression):
+    """The value of an expression of JavaScript; `figure` is the figure's module."""
+    program = f"const figure = require({json.dumps(str(FIGURE))});"
+    program += f"console.log(JSON.stringify({expression}));"
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
+
+
+@needs_node
 @pytest.mark.parametrize("inv_temp, num_steps", [(1.0, 10), (2.5, 4), (0.3, 30)])
 def test_numbers(inv_temp, num_steps):
     noise = np.random.default_rng(num_steps).normal(size=(num_steps, 2)).tolist()
-    program = f"const figure = require({json.dumps(str(FIGURE))});"
-    program += f"const state = figure.compute({inv_temp}, {json.dumps(noise)});"
-    program += "console.log(JSON.stringify(state));"
-    done = subprocess.run(["node", "-e", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout), inv_temp, noise)
+    check(run_in_node(f"figure.compute({inv_temp}, {json.dumps(noise)})"), inv_temp, noise)
+
+
+@needs_node
+@pytest.mark.parametrize("num_steps", [2, 10, 40])
+def test_first_path_is_in_the_picture(num_steps):
+    state = run_in_node(f"figure.compute(1, figure.draws(figure.FIRST_SEED, {num_steps}))")
+    half = run_in_node("figure.HALF")
+    xs = np.array(state["xs"])
+    tips = xs[:-1] - 0.25 * np.array(state["adjoints"])
+    for points in (xs, tips, state["plain"], state["policyPath"]):
+        assert np.abs(points).max() < half
 
 
 def test_it_is_small_and_asks_for_nothing():

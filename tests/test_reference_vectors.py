@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from vectors import assert_close
+from vectors import assert_close, nested
 
+import qam_offline as qam
 from dev import make_reference_vectors
 
 # An interpreter that has PyTorch: .ci/run makes one.
@@ -30,6 +33,29 @@ def test_vectors_are_those_of_the_script():
     outside = np.abs(stored["xs"][-1]) > 1
     assert 0 < outside.mean() < 1
     assert np.array_equal(stored["g"] == 0, outside)
+
+
+def test_a_target_that_is_not_detached_would_be_seen():
+    """Q' has Q's parameters there, so that a gradient through y changes the critic's."""
+    case = dict(np.load(make_reference_vectors.PATH))
+    args = qam.Args(hidden_dims=(16, 16), num_critics=2, horizon=2)
+    networks = qam.make_networks(args, 3, 2)
+    params = nested(case, "params")["critic"]
+
+    def loss(params, target_params):
+        next_q = networks.critic.apply(
+            {"params": target_params}, case["next_observations"], case["next_actions"]
+        )
+        discount_h = case["discount"] ** args.horizon
+        y = qam.td_target(case["rewards"], case["masks"], next_q, discount_h, case["rho"])
+        q = networks.critic.apply({"params": params}, case["observations"], case["actions"])
+        return jnp.mean(case["valid"] * (q - y) ** 2)
+
+    stored = nested(case, "grad")["critic"]
+    assert_close(jax.grad(loss)(params, params), stored)
+    not_detached = jax.grad(lambda params: loss(params, params))(params)
+    with pytest.raises(AssertionError):
+        assert_close(not_detached, stored)
 
 
 def test_check_in_numpy():

@@ -5,6 +5,8 @@
 const STD = 0.15;
 const MEANS = [[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]];
 const SLOPE = [2.0, 0.7]; // Q(a) = SLOPE a - |a|^2 / 2
+const HALF = 2.0; // the picture shows -HALF .. HALF
+const FIRST_SEED = 2; // its path and arrows stay in the picture, whatever T is
 
 const add = (a, b) => [a[0] + b[0], a[1] + b[1]];
 const scale = (c, a) => [c * a[0], c * a[1]];
@@ -179,9 +181,8 @@ function startFigure(root) {
   const canvas = find("canvas");
   const pen = canvas.getContext("2d");
   const COLORS = { path: "#888888", adjoint: "#b35806", velocity: "#2b83ba", policy: "#542788" };
-  const HALF = 2.0; // the picture shows -HALF .. HALF
   const KEPT = 40; // draws, of which T are used
-  let seed = 1;
+  let seed = FIRST_SEED;
   let timer = null;
   let shown = null;
 
@@ -298,7 +299,7 @@ function startFigure(root) {
 }
 
 if (typeof module !== "undefined") {
-  module.exports = { compute, draws };
+  module.exports = { compute, draws, FIRST_SEED, HALF };
 } else {
   document.querySelectorAll("[data-figure-root]").forEach(startFigure);
 }
