@@ -263,10 +263,11 @@ def acts_by(run, name):
         return rng.normal(0.0, 0.1, x.shape).astype(np.float32)
 
     params = jax.tree.map(draw, params_of_seed(run.states, 0))
-    observations = draw(np.zeros((8, *run.env.observation_space.shape)))
+    observations = draw(np.zeros((32, *run.env.observation_space.shape)))
     own = getattr(run.args, name)
     actions = []
-    for value in (own, own + 1):
+    # Far apart: the 33rd of best_of_n draws seldom is the best.
+    for value in (own, 2 * own + 1):
         changed = dataclasses.replace(run.args, **{name: value})
         key = jax.random.key(0)
         act = jax.jit(partial(run.script.sample_actions, changed, run.networks))
