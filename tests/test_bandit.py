@@ -59,6 +59,7 @@ def distances(text):
     return {name: float(x) for name, x in re.findall(r"optimum, (.*): (\d\.\d+)$", text, re.M)}
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path):
     """The policy comes near: at T = 5 and after 300 updates not as near as by default."""
     done = run_bandit(tmp_path, "--flow-steps", "5", "--steps", "300", "--inv-temp", "1.5")

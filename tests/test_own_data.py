@@ -163,6 +163,7 @@ def test_a_modules_environment_with_dicts_shards_and_bounds_of_its_own(reach_run
     assert [path.rpartition("/")[2] for path in record["data"]["path"]] == ["a.npz", "b.npz"]
 
 
+@pytest.mark.slow
 def test_one_run_acts_in_many_ways(reach, reach_run):
     """A line and a row each; the run's own way scores what it did, and is the CSV's only such."""
     flags = "--best-of-n 1 3 --flow-steps 2 4 -o kept/acting.csv".split()
