@@ -281,7 +281,7 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where an episode ends in a chunk, `valid` is 0, and rewards and next observation stop there.
+    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
