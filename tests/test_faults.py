@@ -266,6 +266,7 @@ def test_paths_are_kept_absolute(tmp_path, monkeypatch):
     assert paths == tuple(str(place) for place in places)
 
 
+@pytest.mark.slow
 def test_printed_command_can_be_pasted_anywhere(dataset_dir, tmp_path, monkeypatch):
     """With a space and an accent in all paths, and then on a console that knows ASCII alone."""
     place = tmp_path / "sp ace é"

@@ -21,6 +21,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable if HAS_TORCH else None)
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_the_script():
     arrays = make_reference_vectors.make_arrays()
     stored = dict(np.load(make_reference_vectors.PATH))

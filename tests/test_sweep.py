@@ -76,6 +76,7 @@ def uninterrupted(dataset_dir, tmp_path_factory):
     return folder_of(run_dir)
 
 
+@pytest.mark.slow
 def test_a_plan_crosses_everything(tmp_path):
     words = "--seeds 4 --num-seeds 2 --set inv_temp=1,3 tau=0.1,0.2 --batch-size 8".split()
     scripts = [ROOT / "qam_offline.py", ROOT / "variants/trqam.py"]
