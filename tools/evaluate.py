@@ -10,8 +10,8 @@ draws. A flag by which the run's script does not act is refused.
 
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
-the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds. It
-needs `pip install "imageio[ffmpeg]"`.
+the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds, or
+was cut by --video-steps. It needs `pip install "imageio[ffmpeg]"`.
 """
 
 import csv
@@ -365,6 +365,8 @@ def record_videos(args, run, act, params, key, name):
     for episode in range(min(args.video, num_rows)):
         frames = record_episode(run.env, act, params, key, episode, num_rows, args.video_steps)
         end = "success" if run.env.scores[0] > 0 else "no_success"
+        if not run.env.ended:  # --video-steps was less
+            end = "cut"
         write_video(run.path / "videos" / f"{name}_episode_{episode}_{end}.mp4", frames)
 
 
