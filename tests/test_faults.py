@@ -156,6 +156,7 @@ def test_evaluation_process_killed_between_evaluations(dataset_dir, tmp_path):
         assert_told_of_the_killed_process(process, run_dir)
 
 
+@pytest.mark.slow
 def test_evaluation_process_killed_during_an_evaluation(dataset_dir, tmp_path):
     run_dir = tmp_path / "runs"
     line = command(SCRIPT, dataset_dir, run_dir, *LONG_EVALUATIONS)
@@ -190,6 +191,7 @@ def test_environment_process_of_the_scoring_tool_killed(finished_run, tmp_path):
 # ----------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_group_during_an_evaluation(dataset_dir, tmp_path):
     """As batch systems send it: to the environments' processes, too."""
     run_dir = tmp_path / "runs"
