@@ -1094,17 +1094,13 @@ def train_both(args, networks, states, env, paths, dataset, act, envs, log, onli
 
 
 def train_online(args, networks, states, env, buffer, num_data, num_online, act, envs, log):
-    """The online phase: the states at its end, or where a stop was asked for; saved.
-
-    The first `num_data` rows of the buffer are data, the next `num_online` environment steps.
-    """
+    """The online phase, on a buffer as in train_steps: the states at its end or a stop, saved."""
     block = args.utd_ratio * args.horizon  # updates that a whole chunk calls for
     train = jit_updates(args, networks, block, num_data)
     act_online = make_act_online(args, networks)
     last = args.offline_steps + args.online_steps
     updates = int(states.step[0]) - args.offline_steps  # online ones
-    timed_updates = updates
-    timed_from = time.perf_counter()
+    timed_from = (updates, time.perf_counter())
     saved_at = time.monotonic()
     metrics = {}
     observation, began, chunk = new_episode(args, env, num_online)
@@ -1112,10 +1108,8 @@ def train_online(args, networks, states, env, buffer, num_data, num_online, act,
         step = args.offline_steps + num_online
         if log.evaluation_is_due(step, args.eval_every, last):
             save_online(args, log, states, metrics, buffer, num_data, num_online)
-            phase = "online" if num_online > 0 else "offline"
-            score(args, act, envs, states, step, phase, log)
-            timed_updates = updates
-            timed_from = time.perf_counter()
+            score(args, act, envs, states, step, "online" if num_online else "offline", log)
+            timed_from = (updates, time.perf_counter())
             continue
         if step >= last:
             break
@@ -1132,26 +1126,28 @@ def train_online(args, networks, states, env, buffer, num_data, num_online, act,
         most = min(last - step, *[n - step % n for n in (args.log_every, args.eval_every)])
         rows, ended = play(args, env, observation, chunk[:most])
         buffer = add_transitions(buffer, rows, num_data + num_online)
-        num_played = len(rows.rewards)
-        num_online += num_played
+        num_online += len(rows.rewards)
         observation = rows.next_observations[-1]
-        chunk = chunk[num_played:]
-        step += num_played
-        log.bar.update(num_played)
+        chunk = chunk[most:]
+        step = args.offline_steps + num_online
+        log.bar.update(len(rows.rewards))
         if ended:
             log.append("episodes", [episode_row(args, env, step, began)])
             observation, began, chunk = new_episode(args, env, num_online)
 
         if step % args.log_every == 0 and metrics:
-            seconds = max(time.perf_counter() - timed_from, 1e-3)
-            log_metrics(args, log, metrics, step, (updates - timed_updates) / seconds)
-            timed_updates = updates
-            timed_from = time.perf_counter()
+            log_metrics(args, log, metrics, step, updates_per_second(updates, *timed_from))
+            timed_from = (updates, time.perf_counter())
         if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
             save_online(args, log, states, metrics, buffer, num_data, num_online)
             saved_at = time.monotonic()
     save_online(args, log, states, metrics, buffer, num_data, num_online)
     return states
+
+
+def updates_per_second(updates, updates_before, began):
+    """Since a time at which there were `updates_before`."""
+    return (updates - updates_before) / max(time.perf_counter() - began, 1e-3)
 
 
 def jit_updates(args, networks, num_updates, num_data):
