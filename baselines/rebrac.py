@@ -78,7 +78,7 @@ class Args:
     """Train a policy on a dataset. A setting that is None takes the value named beside it, if any.
 
     On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
-    --num-critics 2 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
+    --num-critics 5 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
     """
 
     env_id: str = "cube-double-play"  # OGBench's domain (and -task1 to 5), or any Gymnasium id

@@ -15,8 +15,9 @@ import flax
 import pytest
 
 # Most runs below compile the same: the first one compiles for all, down to the smallest program.
-# Workers of pytest-xdist find the folder that the process that started them has made.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Workers of pytest-xdist find the folder that the process that started them has made; .ci/run
+# makes one for both of its calls.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache_dir = tempfile.mkdtemp(prefix="jax_cache_")
     atexit.register(shutil.rmtree, cache_dir, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_dir
