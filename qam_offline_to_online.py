@@ -238,8 +238,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         return x, x  # the last one is carried on, all are kept
 
     x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
-    # Noise in the last step would stay in the action. Without noise a step is a point mass, at
-    # infinite KL from any other: so the policy's is behavior's, by (3).
+    # Noise in the last step would stay in the action, so it has none. Then the policy's last step has
+    # to be behavior's, by (3): what (6) keeps small is a KL between the two flows' steps, and between
+    # two different points that is infinite.
     # Term T-1 of (6) trains the policy's velocity there all the same, since (3) uses it.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
@@ -1239,7 +1240,8 @@ def main(args):
     log = RunLog(args, run_dir, step, last)
     try:
         if step < last or log.evaluation_is_due(step, args.eval_every, last):
-            print(f"going on at step {step}: compiling (about 20 s)")
+            begins = f"going on at step {step}" if args.resume else "starting"
+            tqdm.write(f"{begins}: compiling (about 20 s)")
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
             both = (args, networks, states, env, paths, dataset, act, envs, log)

@@ -993,7 +993,8 @@ def main(args):
     log = RunLog(args, run_dir, step, args.offline_steps)
     try:
         if step < args.offline_steps or log.evaluation_is_due(step, args.eval_every, step):
-            print(f"going on at step {step}: compiling (about 20 s)")
+            begins = f"going on at step {step}" if args.resume else "starting"
+            tqdm.write(f"{begins}: compiling (about 20 s)")
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
             train_offline(args, networks, states, env, paths, dataset, act, envs, log)

@@ -120,25 +120,25 @@ class Args(NamedTuple):
 
 
 def run(args):
-    """Train, print and draw: a figure. Numbers are distances to the optimum."""
+    """Train, print and draw: a figure. Distances (squared MMD) are to the target, the optimum."""
     if not (0 <= args.inv_temp < np.inf and args.steps > 0 and min(args.flow_steps, default=0) > 1):
         qam.fail("--inv-temp must be 0 or more, --steps 1 or more, --flow-steps 2 or more")
     rng = np.random.default_rng(args.seed)
     data = draw(rng, MEANS, STD, np.ones(4) / 4)
     target = draw(rng, *optimum(args.inv_temp))
-    panels = {"data": data, "optimum, drawn again": draw(rng, *optimum(args.inv_temp))}
+    panels = {"data": data, "target, drawn again": draw(rng, *optimum(args.inv_temp))}
     for flow_steps in args.flow_steps:
         started = time.perf_counter()
         actions = train(data, args.inv_temp, flow_steps, args.steps, args.seed)
         panels[f"policy, T = {flow_steps}"] = jax.block_until_ready(actions)
         print(f"T = {flow_steps}: {args.steps} updates in {time.perf_counter() - started:.0f} s")
-
     figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 3), sharey=True)
     for axis, (name, actions) in zip(axes, panels.items(), strict=True):
         far = distance(actions, target)
-        print(f"distance to the optimum, {name}: {far:.4f}")
+        print(f"distance to the target, {name}: {far:.4f}")
         axis.plot(*actions.T, ".", markersize=1)
-        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", title=f"{name}\n{far:.4f}")
+        axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), xlabel="$a_1$", ylabel="$a_2$")
+        axis.set(aspect="equal", title=f"{name}\ndistance {far:.4f}")
     return figure
 
 
