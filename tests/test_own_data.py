@@ -67,8 +67,8 @@ def pendulum(tmp_path_factory):
     """What a reader has after the first section."""
     folder = tmp_path_factory.mktemp("pendulum")
     (folder / "data").mkdir()
-    (folder / "make_data.py").write_text(block("python"))
-    execute(folder, "make_data.py")
+    (folder / "data/make_data.py").write_text(block("python"))
+    execute(folder, "data/make_data.py")
     return folder
 
 

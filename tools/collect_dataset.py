@@ -392,8 +392,9 @@ def run_workers(recipe: Recipe, seed: int, parts: Path, jobs: list, workers: int
             rate = done * recipe.steps / max(now - started, 1e-3)
             if bar.disable and now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = now
+                minutes = (total / rate - (now - started)) / 60
                 words = f"{done} of {len(jobs)} episodes, {rate:.0f} steps a second"
-                print(f"{recipe.name}: {words}", flush=True)
+                print(f"{recipe.name}: {words}, {minutes:.0f} minutes left", flush=True)
     bar.close()
     return round(rate, 1)
 
@@ -542,6 +543,7 @@ def collect_set(args: Args, recipe: Recipe, path: Path, episodes: int) -> None:
     parts.mkdir(exist_ok=True)
     counts = (episodes, max(episodes // 10, 1))
     jobs = [(split, index) for split in (0, 1) for index in range(counts[split])]
+    print(f"{counts[0]} episodes, and {counts[1]} for validation", flush=True)
     missing = [job for job in jobs if not part_path(parts, *job).exists()]
     if len(missing) < len(jobs):
         there = len(jobs) - len(missing)
@@ -589,5 +591,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        words = "the same command goes on where it stopped (episodes are kept in a hidden folder)"
+        print(f"\ninterrupted; {words}", file=sys.stderr)
         sys.exit(130)

@@ -11,7 +11,7 @@ draws. A flag by which the run's script does not act is refused.
 --behavior scores the flow that imitates the data instead, and keeps the result as behavior.csv in
 the run's folder, where tools/report.py finds it. --video records the first episodes as mp4 into
 the run's folder, 400 pixels wide for OGBench; their names say who acts and whether it succeeds, or
-was cut by --video-steps. It needs `pip install "imageio[ffmpeg]"`.
+was cut by --video-steps. It needs `uv pip install "imageio[ffmpeg]"`.
 """
 
 import csv
@@ -411,7 +411,7 @@ def main(args):
     if args.video:
         os.environ.setdefault("MUJOCO_GL", "glfw" if os.environ.get("DISPLAY") else "egl")
         if importlib.util.find_spec("imageio_ffmpeg") is None:
-            fail('--video needs an encoder: pip install "imageio[ffmpeg]"')
+            fail('--video needs an encoder: uv pip install "imageio[ffmpeg]"')
     check_flags(args)
     runs = [run.expanduser() for run in args.runs]
     begun = [run for run in runs if (run / "args.json").exists()]

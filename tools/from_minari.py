@@ -9,7 +9,7 @@
 
 Minari takes the dataset from this machine or downloads it. A script makes an environment by its id
 alone. So a dataset whose environment had arguments or wrappers is refused, unless --env-id names
-one. Needs `pip install "minari[arrow,hdf5,hf]"`, or `uv run` in place of `python`.
+one. Needs `uv pip install "minari[arrow,hdf5,hf]"`, or `uv run` in place of `python`.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ def write(path, arrays):
 
 def main(args):
     if minari is None:
-        fail('Minari is missing: pip install "minari[arrow,hdf5,hf]", or start this by uv run')
+        fail('Minari is missing: uv pip install "minari[arrow,hdf5,hf]", or start this by uv run')
     dataset = load(args.dataset_id)
     check_spaces(dataset)
     env_id = args.env_id or find_env_id(dataset)
