@@ -199,6 +199,32 @@ def test_one_point_can_be_seen(finished_run, tmp_path):
     assert "o" in [line.get_marker() for line in figure.axes[0].get_lines()]
 
 
+def test_marks_are_explained_if_they_are_there(finished_run, tmp_path):
+    """And no words lie on others or are cut off."""
+    changes = [{"seed": 1}, {"seed": 2, "last": 40}, {"seed": 1, "hidden_dims": [9] * 9}]
+    results = read_fake(tmp_path, finished_run, changes)
+    styles = report.line_styles(results.names.values())
+    task = next(iter(results.curves)).task
+    figure = report.draw_success(results, [task], styles, False, "")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    words = legend.get_title().get_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert [part.partition(":")[0].strip() for part in words.split(";")] == [
+        "thick",
+        "thin",
+        "band",
+        "cross",
+    ]
+    boxes = [legend.get_title().get_window_extent(), legend.get_texts()[0].get_window_extent()]
+    boxes.insert(0, figure.axes[0].xaxis.label.get_window_extent())
+    heights = [edge for box in boxes for edge in (box.y1, box.y0)]
+    assert heights == sorted(heights, reverse=True) and heights[-1] > 0
+    assert boxes[1].x0 > 0 and boxes[1].x1 < figure.bbox.width
+
+    alone = read_fake(tmp_path / "alone", finished_run, [{}])
+    assert report.meaning_of_marks(alone, list(alone.curves), False) == ""
+
+
 def test_many_methods_have_a_panel_each(finished_run, tmp_path):
     changes = [{"tau": i / 10} for i in range(1, 9)]
     results = read_fake(tmp_path, finished_run, changes)

@@ -10,8 +10,7 @@ folder -o:
 
 results.csv     a row an evaluation of a seed
 report.md       what was read, success by task and domain, aggregates, and the figures
-success.png     success over steps, a panel a task: the mean over seeds with its interval, each seed
-                thin, dashed the flow that imitates the data, dotted where a run goes online; of
+success.png     success over steps, a panel a task; below it, what its lines and marks mean. Of
                 several domains, a file each. From eight curves on a panel has one, and QAM's
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264); from eight
@@ -55,7 +54,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # 50,000, 100,000, .. 1,500,000 steps, of which a million are offline; 12 seeds).
 PUBLISHED = ROOT / "results/published/published_curves.npz"
 PUBLISHED_EVERY = 50_000
-PUBLISHED_OFFLINE = 1_000_000
 COLUMNS = {"experiment": str, "script": str, "setting": str, "seed": int, "phase": str}
 COLUMNS.update({"step": int, "success": float, "return": float, "length": float})
 # What args.json holds beside the settings: where and how a run worked, not what it learned.
@@ -161,10 +159,6 @@ def read_record(run):
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder (args.json: {error!r})")
     return record
-
-
-def last_step_of(record):
-    return record["offline_steps"] + record.get("online_steps", 0)
 
 
 def settings_of(record):
@@ -297,13 +291,14 @@ def read_runs(args, results):
         key = Key("", task, script, describe(settings_of(record), names))
         curve = {"experiment": task, "script": script, "setting": key.setting}
         rows = read_rows(run / "eval.csv", curve)
+        last = record["offline_steps"] + record.get("online_steps", 0)
         for seed in {row["seed"] for row in rows}:
             other = runs.setdefault((key, seed), run)
             if other != run:
                 words = "are two runs of seed {seed} with the same settings: leave one of them out"
                 fail(f"{other} and {run} {words.format(seed=seed)}")
-            if max(row["step"] for row in rows) < last_step_of(record):
-                results.unfinished[key, seed] = (last_step_of(record), fate_of(run))
+            if max(row["step"] for row in rows) < last:
+                results.unfinished[key, seed] = (last, fate_of(run))
         if (run / "behavior.csv").exists():
             rows += read_rows(run / "behavior.csv", curve)
         results.curves[key] += rows
@@ -339,10 +334,8 @@ def name_of(key, curves):
         same_script = (other.source, other.task, other.script) == (key.source, key.task, key.script)
         if same_script and other.method() == key.method():  # a mode of CGQL is a method
             peers.append(other)
-    words = []
-    for word in key.setting.split():
-        if not all(word in peer.setting.split() for peer in peers):
-            words.append(word)
+    shared = set.intersection(*(set(peer.setting.split()) for peer in peers))
+    words = [word for word in key.setting.split() if word not in shared]
     if key.script.endswith("_online") or any(row["phase"] == "online" for row in curves[key]):
         words.insert(0, "online")
     return " ".join([key.method(), *words])
@@ -484,15 +477,8 @@ def label_ends(axes, ends):
         heights[name] = min(heights[name], highest)
         highest = heights[name] - room
     for name in ranked:
-        axes.annotate(
-            name,
-            (1.01, heights[name]),
-            xycoords=("axes fraction", "data"),
-            color=ends[name][1],
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
+        style = {"color": ends[name][1], "fontsize": 8, "va": "center"}
+        axes.text(1.01, heights[name], name, transform=axes.get_yaxis_transform(), **style)
 
 
 def stacked_axes(count, title):
@@ -507,12 +493,14 @@ def stacked_axes(count, title):
 def draw_success(results, tasks, styles, published, title):
     """A panel a task."""
     figure, panels = stacked_axes(len(tasks), title)
-    names = list(dict.fromkeys(results.names[k] for k in results.curves if k.task in tasks))
+    keys = [key for key in results.curves if key.task in tasks]
+    names = list(dict.fromkeys(results.names[key] for key in keys))
     labels_below = max(map(len, names)) > LONGEST_LABEL
     for axes, task in zip(panels, tasks, strict=True):
         ends = {}
-        axes.set(ylim=(-0.03, 1.03), xlabel="gradient (online: environment) steps")
-        for key in results.curves:
+        axes.set(xlabel="gradient (online: environment) steps", ylabel="success")
+        axes.set_ylim(-0.03, 1.03)
+        for key in keys:
             if key.task == task:
                 name = results.names[key]
                 end = draw_curve(axes, results, key, styles[name])
@@ -520,26 +508,41 @@ def draw_success(results, tasks, styles, published, title):
                 if published:
                     draw_published(axes, key, styles[name].color)
         axes.grid(alpha=0.25)
-        axes.set_ylabel("success")
         if len(tasks) > 1 or not title:
             axes.set_title(textwrap.fill(task, 70), fontsize=10)
         if not labels_below:
             label_ends(axes, ends)
-    if labels_below:
-        list_below(figure, {name: styles[name] for name in names})
+    below = {name: styles[name] for name in names if labels_below}
+    explain_below(figure, meaning_of_marks(results, keys, published), below)
     return figure
 
 
-def list_below(figure, styles):
-    """The names of the lines below the panels, for which the figure grows."""
-    lines = []
-    names = []
-    for name, line in styles.items():
-        lines.append(Line2D([], [], color=line.color, linestyle=line.style))
-        names.append(textwrap.fill(name, 75))
-    height = figure.get_figheight() + 0.16 * sum(name.count("\n") + 1 for name in names)
-    figure.set_figheight(height)
-    figure.legend(lines, names, loc="outside lower left", fontsize=8, frameon=False)
+def meaning_of_marks(results, keys, published):
+    """In words, of those marks that a figure of these curves has."""
+    phases = {row["phase"] for key in keys for row in results.curves[key]}
+    several = any(len(by_seed(key, results.curves[key])) > 1 for key in keys)
+    unfinished = any(key in keys for key, _ in results.unfinished)
+    paper = published and any(published_curve(key) is not None for key in keys)
+    words = {
+        "thick: mean; thin: seeds; band: 95 % interval of the mean": several,
+        "level dashed line: the flow that imitates the data": "behavior" in phases,
+        "upright dotted line: online from here": "online" in phases,
+        "cross: a run that ended early": unfinished,
+        "dashes and dots: the paper's mean; palest band: its lowest to highest seed": paper,
+    }
+    there = [mark.replace(" ", "\N{NO-BREAK SPACE}") for mark in words if words[mark]]
+    return textwrap.fill("; ".join(there), 95)
+
+
+def explain_below(figure, words, styles):
+    """Words and, below them, the names of lines below the panels, for which the figure grows."""
+    lines = [Line2D([], [], color=line.color, linestyle=line.style) for line in styles.values()]
+    names = [textwrap.fill(name, 75) for name in styles]
+    num_rows = len(words.splitlines()) + sum(name.count("\n") + 1 for name in names)
+    figure.set_figheight(figure.get_figheight() + 0.16 * num_rows)
+    place = {"loc": "outside lower left", "alignment": "left", "frameon": False}
+    legend = figure.legend(lines, names, title=words, title_fontsize=7.5, fontsize=8, **place)
+    legend.get_title().set_color("0.35")
 
 
 def draw_one_by_one(results, task, published, title):
@@ -572,7 +575,8 @@ def draw_one_by_one(results, task, published, title):
     words = "gradient (online: environment) steps"
     for reference in references:
         words += f"; gray: {results.names[reference]}"
-    figure.supxlabel(words, fontsize=8)
+    words += "\n" + meaning_of_marks(results, keys, published)
+    figure.supxlabel(words.strip(), fontsize=7.5)
     figure.supylabel("success", fontsize=8)
     return figure
 
@@ -647,7 +651,10 @@ def draw_aggregate(rng, scores, curves, styles):
 
     pairs = list(itertools.combinations(scores, 2))[:12]
     for i, (name, other) in enumerate(pairs):
-        low, mean, high = improvement(rng, scores[name], scores[other])
+        mean = probability_of_improvement(scores[name], scores[other])
+        drawn = [resample(rng, one) for one in scores[name]]
+        drawn_others = [resample(rng, one) for one in scores[other]]
+        low, high = interval(probability_of_improvement(drawn, drawn_others))
         better.plot([low, high], [i, i], color=styles[name].color, linewidth=4, alpha=0.5)
         better.plot(mean, i, "o", color=styles[name].color)
     better.axvline(0.5, color="0.5", linewidth=1)
@@ -672,14 +679,6 @@ def draw_dots(rng, scores):
     return figure
 
 
-def improvement(rng, scores, others):
-    """(low, mean, high) of the probability of improvement."""
-    drawn = [resample(rng, one) for one in scores]
-    drawn_others = [resample(rng, one) for one in others]
-    low, high = interval(probability_of_improvement(drawn, drawn_others))
-    return low, probability_of_improvement(scores, others), high
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
@@ -696,8 +695,8 @@ def markdown_table(header, rows):
     return "\n".join(lines)
 
 
-def with_interval(mean, low, high):
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def with_interval(mean, low, high, digits=".2f"):
+    return f"{mean:{digits}} [{low:{digits}}, {high:{digits}}]"
 
 
 def scores_to_compare(results):
@@ -783,20 +782,16 @@ def shared_tasks(scores):
 
 
 def table_of_aggregates(rng, scores):
-    """Interquartile mean, mean and median over tasks."""
+    """Interquartile mean and mean over tasks."""
     rows = []
     for name, by_task in scores.items():
         drawn = resample_tasks(rng, by_task)
         values = np.concatenate(by_task)
         row = [name]
         for statistic in (interquartile_mean, lambda x: x.mean(axis=-1)):
-            row.append(with_digits(statistic(values), *interval(statistic(drawn))))
+            row.append(with_interval(statistic(values), *interval(statistic(drawn)), ".4f"))
         rows.append(row)
     return markdown_table(("method", "interquartile mean", "mean"), rows)
-
-
-def with_digits(mean, low, high):
-    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def table_of_published(results):
