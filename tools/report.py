@@ -12,6 +12,7 @@ results.csv     a row an evaluation of a seed
 report.md       what was read, success by task and domain, aggregates, and the figures
 success.png     success over steps, a panel a task; below it, what its lines and marks mean. Of
                 several domains, a file each. From eight curves on a panel has one, and QAM's
+return.png      the same of return, where the environment says nothing of success
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264); from eight
                 methods on, each one's interquartile mean
@@ -87,6 +88,8 @@ METHODS = {
 }
 # CGQL's modes are methods of their own there.
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
+# What the names of OGBench's tasks begin with. Its environments all report success.
+OGBENCH = tuple("pointmaze- antmaze- humanoidmaze- antsoccer- cube- scene- puzzle- visual-".split())
 # The flags of tools/evaluate.py that only act.
 ACTING = ("best_of_n", "flow_steps", "guidance_weight")
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
@@ -248,18 +251,20 @@ class Results(NamedTuple):
     names: dict  # Key -> its method, with what tells it from others of the method on the task
     unfinished: dict  # (Key, seed) -> the step that it should come to, and what has become of it
     differing: dict  # task -> names of the settings that differ among its runs
+    measures: dict  # task -> "success" or, if its environment says nothing of that, "return"
     left_out: list  # run folders without an evaluation
 
 
 def read_results(args):
     """All curves of what is given."""
-    results = Results(collections.defaultdict(list), {}, {}, {}, [])
+    results = Results(collections.defaultdict(list), {}, {}, {}, {}, [])
     read_runs(args, results)
     for path in args.runs:
         if not path.is_dir():
             read_table(path, results)
     if not results.curves:
         fail(f"nothing has been evaluated yet in {', '.join(map(str, args.runs))}")
+    choose_measures(results)
     for key, rows in results.curves.items():
         if not by_seed(key, rows):
             fail(f"{key.script} on {key.task} has a behavior flow and no policy")
@@ -301,6 +306,8 @@ def read_runs(args, results):
                 results.unfinished[key, seed] = (last, fate_of(run))
         if (run / "behavior.csv").exists():
             rows += read_rows(run / "behavior.csv", curve)
+        if not record["env_id"].startswith(OGBENCH):
+            doubt_failures(rows)
         results.curves[key] += rows
 
 
@@ -318,6 +325,24 @@ def read_table(path, results):
         for seed, end in ends.items():
             if end < max(ends.values()):
                 results.unfinished[key, seed] = (max(ends.values()), "unfinished")
+
+
+def doubt_failures(rows):
+    """Success 0, of an environment that may not report any, becomes nan."""
+    for row in rows:
+        if row["success"] == 0:
+            row["success"] = np.nan
+
+
+def choose_measures(results):
+    """A task whose rows all have nan is judged by return; elsewhere nan was a failure, so 0."""
+    for task in {key.task for key in results.curves}:
+        rows = [row for key in results.curves if key.task == task for row in results.curves[key]]
+        results.measures[task] = "return"
+        if not all(np.isnan(row["success"]) for row in rows):
+            results.measures[task] = "success"
+            for row in rows:
+                row["success"] = np.nan_to_num(row["success"])
 
 
 def fate_of(run):
@@ -342,7 +367,7 @@ def name_of(key, curves):
 
 
 def by_seed(key, rows, behavior=False):
-    """seed -> step -> success, in the order of the steps."""
+    """seed -> step -> success (or return: choose_measures), in the order of the steps."""
     seeds = collections.defaultdict(dict)
     for row in sorted(rows, key=itemgetter("step")):
         if (row["phase"] == "behavior") != behavior:
@@ -351,7 +376,7 @@ def by_seed(key, rows, behavior=False):
         if row["step"] in values:
             where = f"{key.source}: {key.script} {key.setting}, seed {row['seed']}"
             fail(f"{where} has two rows of step {row['step']}: leave one of them out")
-        values[row["step"]] = row["success"]
+        values[row["step"]] = row["return" if np.isnan(row["success"]) else "success"]
     return seeds
 
 
@@ -498,8 +523,9 @@ def draw_success(results, tasks, styles, published, title):
     labels_below = max(map(len, names)) > LONGEST_LABEL
     for axes, task in zip(panels, tasks, strict=True):
         ends = {}
-        axes.set(xlabel="gradient (online: environment) steps", ylabel="success")
-        axes.set_ylim(-0.03, 1.03)
+        axes.set(xlabel="gradient (online: environment) steps", ylabel=results.measures[task])
+        if results.measures[task] == "success":
+            axes.set_ylim(-0.03, 1.03)
         for key in keys:
             if key.task == task:
                 name = results.names[key]
@@ -566,7 +592,8 @@ def draw_one_by_one(results, task, published, title):
         axes.set_title(textwrap.fill(name, 28), fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=axes in panels[len(keys) - 3 : len(keys)])
         axes.grid(alpha=0.25)
-    panels[0].set(ylim=(-0.03, 1.03))
+    if results.measures[task] == "success":
+        panels[0].set_ylim(-0.03, 1.03)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].locator_params(axis="x", nbins=4)
     for axes in panels[len(keys) :]:
@@ -577,7 +604,7 @@ def draw_one_by_one(results, task, published, title):
         words += f"; gray: {results.names[reference]}"
     words += "\n" + meaning_of_marks(results, keys, published)
     figure.supxlabel(words.strip(), fontsize=7.5)
-    figure.supylabel("success", fontsize=8)
+    figure.supylabel(results.measures[task], fontsize=8)
     return figure
 
 
@@ -703,6 +730,8 @@ def scores_to_compare(results):
     """{method: {task: success (S,) at the last step that all runs of the task have}}."""
     scores = collections.defaultdict(dict)
     for key, rows in results.curves.items():
+        if results.measures[key.task] == "return":
+            continue  # which is of another size on each task
         points = points_of(key, rows)
         step = last_common_step(results, key.task) or max(points)
         scores[results.names[key]][key.task] = points[step]
@@ -710,7 +739,7 @@ def scores_to_compare(results):
 
 
 def table_of_tasks(results):
-    """Success at the step of the comparison and, of a curve that goes on, at its own end."""
+    """Scores at the step of the comparison and, of a curve that goes on, at its own end."""
     rows = []
     for key, evaluations in results.curves.items():
         own_last = max(steps_of(results, key), default=max(points_of(key, evaluations)))
@@ -724,16 +753,20 @@ def row_of_task(results, key, step):
     rng = np.random.default_rng(0)
     evaluations = results.curves[key]
     scores = points_of(key, evaluations)[step]
-    text = f"{scores.mean():.2f}"
+    measure = results.measures[key.task]
+    digits = ".2f" if measure == "success" else ".4g"
+    text = f"{scores.mean():{digits}}"
     if len(scores) > 1:
-        text = with_interval(scores.mean(), *interval(resample(rng, scores).mean(axis=-1)))
-    seeds = ", ".join(f"{score:.2f}" for score in scores)
+        drawn = resample(rng, scores).mean(axis=-1)
+        text = with_interval(scores.mean(), *interval(drawn), digits)
+    seeds = ", ".join(f"{score:{digits}}" for score in scores)
     behavior = by_seed(key, evaluations, behavior=True)
-    flows = ", ".join(f"{list(values.values())[-1]:.2f}" for values in behavior.values())
+    flows = ", ".join(f"{list(values.values())[-1]:{digits}}" for values in behavior.values())
     there = [line for line in evaluations if line["step"] == step and line["phase"] != "behavior"]
-    total = np.mean([line["return"] for line in there])
-    name = results.names[key]
-    return (key.task, name, f"{step:,}", text, seeds, flows, f"{total:.4g}", key.setting)
+    total = f"{np.mean([line['return'] for line in there]):.4g}"
+    if measure == "return":
+        text, total = "-", text
+    return (key.task, results.names[key], f"{step:,}", text, seeds, flows, total, key.setting)
 
 
 def where_compared(results):
@@ -1020,7 +1053,7 @@ def write_report(args, parts, names):
 
 
 def draw_figures(args, results, tasks):
-    """success.png, or several; returns their names."""
+    """success.png, return.png, or several; returns their names."""
     styles = line_styles(dict.fromkeys(results.names.values()))
     figures = {}  # what distinguishes their names: figure
     for domain in dict.fromkeys(map(domain_of, tasks)):
@@ -1031,9 +1064,11 @@ def draw_figures(args, results, tasks):
         else:
             for task in chosen:
                 figures[task] = draw_one_by_one(results, task, args.published, args.title)
+    measures = {domain_of(task): measure for task, measure in results.measures.items()}
     names = []
     for part, figure in figures.items():
-        names.append(f"success_{part}.png" if len(figures) > 1 else "success.png")
+        measure = measures[domain_of(part)]
+        names.append(f"{measure}_{part}.png" if len(figures) > 1 else f"{measure}.png")
         figure.savefig(args.output / names[-1], dpi=140)
     return names
 
@@ -1052,13 +1087,16 @@ def main(args):
     results = read_results(args)
     tasks = list(dict.fromkeys(key.task for key in results.curves))
     parts = [f"# {args.title or ', '.join(tasks)}", what_was_read(results)]
-    parts.append("## Success\n\n" + table_of_tasks(results))
+    measures = " and ".join(sorted(set(results.measures.values()), reverse=True)).capitalize()
+    parts.append(f"## {measures}\n\n{table_of_tasks(results)}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_results(args.output / "results.csv", results)
         names = draw_figures(args, results, tasks)
-        parts += [f"![success over steps]({name})" for name in names]
-        if len(tasks) > 1:
+        for name in names:
+            measure = "return" if name.startswith("return") else "success"
+            parts.append(f"![{measure} over steps]({name})")
+        if list(results.measures.values()).count("success") > 1:
             table = table_of_domains(scores_to_compare(results))
             parts.append(f"## By domain, {where_compared(results)}\n\n{table}")
             names += aggregate(args, results, parts)
