@@ -336,7 +336,7 @@ def doubt_failures(rows):
 
 def choose_measures(results):
     """A task whose rows all have nan is judged by return; elsewhere nan was a failure, so 0."""
-    for task in {key.task for key in results.curves}:
+    for task in dict.fromkeys(key.task for key in results.curves):
         rows = [row for key in results.curves if key.task == task for row in results.curves[key]]
         results.measures[task] = "return"
         if not all(np.isnan(row["success"]) for row in rows):
@@ -770,13 +770,14 @@ def row_of_task(results, key, step):
 
 
 def where_compared(results):
-    """The steps of the comparison, in words."""
+    """The steps of the comparison of success, in words."""
     steps = {}
-    for key in results.curves:
-        step = last_common_step(results, key.task)
-        steps[key.task] = f"at step {step:,}" if step else "at each method's own last step"
+    for task in results.measures:
+        step = last_common_step(results, task)
+        if results.measures[task] == "success":
+            steps[task] = f"at step {step:,}" if step else "at each method's own last step"
     if len(set(steps.values())) == 1:
-        return steps[key.task]
+        return next(iter(steps.values()))
     return ", ".join(f"{words} ({task})" for task, words in steps.items())
 
 
