@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import gymnasium
 import numpy as np
+import ogbench  # noqa: F401 (registers its environments)
 import pytest
 from conftest import ROOT, read_rows
 from refusals import refusal
@@ -197,6 +199,72 @@ def test_one_point_can_be_seen(finished_run, tmp_path):
     task = next(iter(results.curves)).task
     figure = report.draw_success(results, [task], styles, False, "")
     assert "o" in [line.get_marker() for line in figure.axes[0].get_lines()]
+
+
+def write_failures(folder, like, env_id, success=0.0):
+    """A run's folder with returns of -900 and -321.12, and a behavior flow's of -1147.52."""
+    run = write_run(folder, like, env_id=env_id)
+    header = "step,seed,phase,success_rate,return,length\n"
+    rows = f"50,1,offline,{success},-900,1\n100,1,offline,0.0,-321.12,1\n"
+    (run / "eval.csv").write_text(header + rows)
+    (run / "behavior.csv").write_text(header + "100,1,behavior,0.0,-1147.52,1\n")
+    return run
+
+
+def test_return_counts_where_nothing_is_said_of_success(finished_run, tmp_path):
+    run = write_failures(tmp_path / "own", finished_run, "Pendulum-v1")
+    text = make_report(tmp_path / "report", run)
+    assert cells(text, "Pendulum-v1", "QAM")[3:7] == ["-", "-321.1", "-1148", "-321.1"]
+    assert "![return over steps](return.png)" in text
+    # What it has written, it reads, under whatever name.
+    table = tmp_path / "report/results.csv"
+    table.write_text(table.read_text().replace("Pendulum-v1", "mine"))
+    again = make_report(tmp_path / "again", table)
+    assert again == text.replace("Pendulum-v1", "mine")
+    results = report.read_results(report.Args(runs=[run], output=tmp_path))
+    styles = report.line_styles(results.names.values())
+    (axes,) = report.draw_success(results, ["Pendulum-v1"], styles, False, "").axes
+    assert axes.get_ylabel() == "return"
+    assert axes.get_ylim()[0] < -1147.52 and axes.get_ylim()[1] < 0
+
+
+def test_a_failure_is_a_failure_where_success_is_reported(finished_run, tmp_path):
+    """On OGBench's tasks always, also if every run failed; on others if one run ever succeeded."""
+    failed = write_failures(tmp_path / "failed", finished_run, "scene-play-task1")
+    text = make_report(tmp_path / "a", failed)
+    assert cells(text, "scene-play-task1")[3:7] == ["0.00", "0.00", "0.00", "-321.1"]
+    assert "success.png" in text
+    known = write_failures(tmp_path / "known", finished_run, "Mine-v0", success=0.5)
+    text = make_report(tmp_path / "b", known)
+    assert cells(text, "Mine-v0")[3:7] == ["0.00", "0.00", "0.00", "-321.1"]
+    names = [name for name in gymnasium.registry if "-singletask-task1-" in name]
+    assert names and all(name.startswith(report.OGBENCH) for name in names)
+
+
+def test_marks_are_explained_if_they_are_there(finished_run, tmp_path):
+    """And no words lie on others or are cut off."""
+    changes = [{"seed": 1}, {"seed": 2, "last": 40}, {"seed": 1, "hidden_dims": [9] * 9}]
+    results = read_fake(tmp_path, finished_run, changes)
+    styles = report.line_styles(results.names.values())
+    task = next(iter(results.curves)).task
+    figure = report.draw_success(results, [task], styles, False, "")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    words = legend.get_title().get_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert [part.partition(":")[0].strip() for part in words.split(";")] == [
+        "thick",
+        "thin",
+        "band",
+        "cross",
+    ]
+    boxes = [legend.get_title().get_window_extent(), legend.get_texts()[0].get_window_extent()]
+    boxes.insert(0, figure.axes[0].xaxis.label.get_window_extent())
+    heights = [edge for box in boxes for edge in (box.y1, box.y0)]
+    assert heights == sorted(heights, reverse=True) and heights[-1] > 0
+    assert boxes[1].x0 > 0 and boxes[1].x1 < figure.bbox.width
+
+    alone = read_fake(tmp_path / "alone", finished_run, [{}])
+    assert report.meaning_of_marks(alone, list(alone.curves), False) == ""
 
 
 def test_many_methods_have_a_panel_each(finished_run, tmp_path):

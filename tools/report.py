@@ -10,9 +10,9 @@ folder -o:
 
 results.csv     a row an evaluation of a seed
 report.md       what was read, success by task and domain, aggregates, and the figures
-success.png     success over steps, a panel a task: the mean over seeds with its interval, each seed
-                thin, dashed the flow that imitates the data, dotted where a run goes online; of
+success.png     success over steps, a panel a task; below it, what its lines and marks mean. Of
                 several domains, a file each. From eight curves on a panel has one, and QAM's
+return.png      the same of return, where the environment says nothing of success
 aggregate.png   over two or more tasks: interquartile mean over steps, performance profile, and the
                 probability that one method is better than another (arXiv 2108.13264); from eight
                 methods on, each one's interquartile mean
@@ -55,7 +55,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # 50,000, 100,000, .. 1,500,000 steps, of which a million are offline; 12 seeds).
 PUBLISHED = ROOT / "results/published/published_curves.npz"
 PUBLISHED_EVERY = 50_000
-PUBLISHED_OFFLINE = 1_000_000
 COLUMNS = {"experiment": str, "script": str, "setting": str, "seed": int, "phase": str}
 COLUMNS.update({"step": int, "success": float, "return": float, "length": float})
 # What args.json holds beside the settings: where and how a run worked, not what it learned.
@@ -89,6 +88,8 @@ METHODS = {
 }
 # CGQL's modes are methods of their own there.
 MODES = {"mode=mse": "CGQL-M", "mode=linex": "CGQL-L"}
+# What the names of OGBench's tasks begin with. Its environments all report success.
+OGBENCH = tuple("pointmaze- antmaze- humanoidmaze- antsoccer- cube- scene- puzzle- visual-".split())
 # The flags of tools/evaluate.py that only act.
 ACTING = ("best_of_n", "flow_steps", "guidance_weight")
 # Okabe and Ito's colors, which the color-blind tell apart; then the same again, dashed.
@@ -161,10 +162,6 @@ def read_record(run):
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder (args.json: {error!r})")
     return record
-
-
-def last_step_of(record):
-    return record["offline_steps"] + record.get("online_steps", 0)
 
 
 def settings_of(record):
@@ -254,18 +251,20 @@ class Results(NamedTuple):
     names: dict  # Key -> its method, with what tells it from others of the method on the task
     unfinished: dict  # (Key, seed) -> the step that it should come to, and what has become of it
     differing: dict  # task -> names of the settings that differ among its runs
+    measures: dict  # task -> "success" or, if its environment says nothing of that, "return"
     left_out: list  # run folders without an evaluation
 
 
 def read_results(args):
     """All curves of what is given."""
-    results = Results(collections.defaultdict(list), {}, {}, {}, [])
+    results = Results(collections.defaultdict(list), {}, {}, {}, {}, [])
     read_runs(args, results)
     for path in args.runs:
         if not path.is_dir():
             read_table(path, results)
     if not results.curves:
         fail(f"nothing has been evaluated yet in {', '.join(map(str, args.runs))}")
+    choose_measures(results)
     for key, rows in results.curves.items():
         if not by_seed(key, rows):
             fail(f"{key.script} on {key.task} has a behavior flow and no policy")
@@ -297,15 +296,18 @@ def read_runs(args, results):
         key = Key("", task, script, describe(settings_of(record), names))
         curve = {"experiment": task, "script": script, "setting": key.setting}
         rows = read_rows(run / "eval.csv", curve)
+        last = record["offline_steps"] + record.get("online_steps", 0)
         for seed in {row["seed"] for row in rows}:
             other = runs.setdefault((key, seed), run)
             if other != run:
                 words = "are two runs of seed {seed} with the same settings: leave one of them out"
                 fail(f"{other} and {run} {words.format(seed=seed)}")
-            if max(row["step"] for row in rows) < last_step_of(record):
-                results.unfinished[key, seed] = (last_step_of(record), fate_of(run))
+            if max(row["step"] for row in rows) < last:
+                results.unfinished[key, seed] = (last, fate_of(run))
         if (run / "behavior.csv").exists():
             rows += read_rows(run / "behavior.csv", curve)
+        if not record["env_id"].startswith(OGBENCH):
+            doubt_failures(rows)
         results.curves[key] += rows
 
 
@@ -325,6 +327,24 @@ def read_table(path, results):
                 results.unfinished[key, seed] = (max(ends.values()), "unfinished")
 
 
+def doubt_failures(rows):
+    """Success 0, of an environment that may not report any, becomes nan."""
+    for row in rows:
+        if row["success"] == 0:
+            row["success"] = np.nan
+
+
+def choose_measures(results):
+    """A task whose rows all have nan is judged by return; elsewhere nan was a failure, so 0."""
+    for task in dict.fromkeys(key.task for key in results.curves):
+        rows = [row for key in results.curves if key.task == task for row in results.curves[key]]
+        results.measures[task] = "return"
+        if not all(np.isnan(row["success"]) for row in rows):
+            results.measures[task] = "success"
+            for row in rows:
+                row["success"] = np.nan_to_num(row["success"])
+
+
 def fate_of(run):
     """Of a run that has not come to its end; tools/sweep.py keeps the exit status of a job."""
     ended = run.parent / "exit"
@@ -339,17 +359,15 @@ def name_of(key, curves):
         same_script = (other.source, other.task, other.script) == (key.source, key.task, key.script)
         if same_script and other.method() == key.method():  # a mode of CGQL is a method
             peers.append(other)
-    words = []
-    for word in key.setting.split():
-        if not all(word in peer.setting.split() for peer in peers):
-            words.append(word)
+    shared = set.intersection(*(set(peer.setting.split()) for peer in peers))
+    words = [word for word in key.setting.split() if word not in shared]
     if key.script.endswith("_online") or any(row["phase"] == "online" for row in curves[key]):
         words.insert(0, "online")
     return " ".join([key.method(), *words])
 
 
 def by_seed(key, rows, behavior=False):
-    """seed -> step -> success, in the order of the steps."""
+    """seed -> step -> success (or return: choose_measures), in the order of the steps."""
     seeds = collections.defaultdict(dict)
     for row in sorted(rows, key=itemgetter("step")):
         if (row["phase"] == "behavior") != behavior:
@@ -358,7 +376,7 @@ def by_seed(key, rows, behavior=False):
         if row["step"] in values:
             where = f"{key.source}: {key.script} {key.setting}, seed {row['seed']}"
             fail(f"{where} has two rows of step {row['step']}: leave one of them out")
-        values[row["step"]] = row["success"]
+        values[row["step"]] = row["return" if np.isnan(row["success"]) else "success"]
     return seeds
 
 
@@ -484,15 +502,8 @@ def label_ends(axes, ends):
         heights[name] = min(heights[name], highest)
         highest = heights[name] - room
     for name in ranked:
-        axes.annotate(
-            name,
-            (1.01, heights[name]),
-            xycoords=("axes fraction", "data"),
-            color=ends[name][1],
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
+        style = {"color": ends[name][1], "fontsize": 8, "va": "center"}
+        axes.text(1.01, heights[name], name, transform=axes.get_yaxis_transform(), **style)
 
 
 def stacked_axes(count, title):
@@ -507,12 +518,15 @@ def stacked_axes(count, title):
 def draw_success(results, tasks, styles, published, title):
     """A panel a task."""
     figure, panels = stacked_axes(len(tasks), title)
-    names = list(dict.fromkeys(results.names[k] for k in results.curves if k.task in tasks))
+    keys = [key for key in results.curves if key.task in tasks]
+    names = list(dict.fromkeys(results.names[key] for key in keys))
     labels_below = max(map(len, names)) > LONGEST_LABEL
     for axes, task in zip(panels, tasks, strict=True):
         ends = {}
-        axes.set(ylim=(-0.03, 1.03), xlabel="gradient (online: environment) steps")
-        for key in results.curves:
+        axes.set(xlabel="gradient (online: environment) steps", ylabel=results.measures[task])
+        if results.measures[task] == "success":
+            axes.set_ylim(-0.03, 1.03)
+        for key in keys:
             if key.task == task:
                 name = results.names[key]
                 end = draw_curve(axes, results, key, styles[name])
@@ -520,26 +534,41 @@ def draw_success(results, tasks, styles, published, title):
                 if published:
                     draw_published(axes, key, styles[name].color)
         axes.grid(alpha=0.25)
-        axes.set_ylabel("success")
         if len(tasks) > 1 or not title:
             axes.set_title(textwrap.fill(task, 70), fontsize=10)
         if not labels_below:
             label_ends(axes, ends)
-    if labels_below:
-        list_below(figure, {name: styles[name] for name in names})
+    below = {name: styles[name] for name in names if labels_below}
+    explain_below(figure, meaning_of_marks(results, keys, published), below)
     return figure
 
 
-def list_below(figure, styles):
-    """The names of the lines below the panels, for which the figure grows."""
-    lines = []
-    names = []
-    for name, line in styles.items():
-        lines.append(Line2D([], [], color=line.color, linestyle=line.style))
-        names.append(textwrap.fill(name, 75))
-    height = figure.get_figheight() + 0.16 * sum(name.count("\n") + 1 for name in names)
-    figure.set_figheight(height)
-    figure.legend(lines, names, loc="outside lower left", fontsize=8, frameon=False)
+def meaning_of_marks(results, keys, published):
+    """In words, of those marks that a figure of these curves has."""
+    phases = {row["phase"] for key in keys for row in results.curves[key]}
+    several = any(len(by_seed(key, results.curves[key])) > 1 for key in keys)
+    unfinished = any(key in keys for key, _ in results.unfinished)
+    paper = published and any(published_curve(key) is not None for key in keys)
+    words = {
+        "thick: mean; thin: seeds; band: 95 % interval of the mean": several,
+        "level dashed line: the flow that imitates the data": "behavior" in phases,
+        "upright dotted line: online from here": "online" in phases,
+        "cross: a run that ended early": unfinished,
+        "dashes and dots: the paper's mean; palest band: its lowest to highest seed": paper,
+    }
+    there = [mark.replace(" ", "\N{NO-BREAK SPACE}") for mark in words if words[mark]]
+    return textwrap.fill("; ".join(there), 95)
+
+
+def explain_below(figure, words, styles):
+    """Words and, below them, the names of lines below the panels, for which the figure grows."""
+    lines = [Line2D([], [], color=line.color, linestyle=line.style) for line in styles.values()]
+    names = [textwrap.fill(name, 75) for name in styles]
+    num_rows = len(words.splitlines()) + sum(name.count("\n") + 1 for name in names)
+    figure.set_figheight(figure.get_figheight() + 0.16 * num_rows)
+    place = {"loc": "outside lower left", "alignment": "left", "frameon": False}
+    legend = figure.legend(lines, names, title=words, title_fontsize=7.5, fontsize=8, **place)
+    legend.get_title().set_color("0.35")
 
 
 def draw_one_by_one(results, task, published, title):
@@ -563,7 +592,8 @@ def draw_one_by_one(results, task, published, title):
         axes.set_title(textwrap.fill(name, 28), fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=axes in panels[len(keys) - 3 : len(keys)])
         axes.grid(alpha=0.25)
-    panels[0].set(ylim=(-0.03, 1.03))
+    if results.measures[task] == "success":
+        panels[0].set_ylim(-0.03, 1.03)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].locator_params(axis="x", nbins=4)
     for axes in panels[len(keys) :]:
@@ -572,8 +602,9 @@ def draw_one_by_one(results, task, published, title):
     words = "gradient (online: environment) steps"
     for reference in references:
         words += f"; gray: {results.names[reference]}"
-    figure.supxlabel(words, fontsize=8)
-    figure.supylabel("success", fontsize=8)
+    words += "\n" + meaning_of_marks(results, keys, published)
+    figure.supxlabel(words.strip(), fontsize=7.5)
+    figure.supylabel(results.measures[task], fontsize=8)
     return figure
 
 
@@ -647,7 +678,10 @@ def draw_aggregate(rng, scores, curves, styles):
 
     pairs = list(itertools.combinations(scores, 2))[:12]
     for i, (name, other) in enumerate(pairs):
-        low, mean, high = improvement(rng, scores[name], scores[other])
+        mean = probability_of_improvement(scores[name], scores[other])
+        drawn = [resample(rng, one) for one in scores[name]]
+        drawn_others = [resample(rng, one) for one in scores[other]]
+        low, high = interval(probability_of_improvement(drawn, drawn_others))
         better.plot([low, high], [i, i], color=styles[name].color, linewidth=4, alpha=0.5)
         better.plot(mean, i, "o", color=styles[name].color)
     better.axvline(0.5, color="0.5", linewidth=1)
@@ -672,14 +706,6 @@ def draw_dots(rng, scores):
     return figure
 
 
-def improvement(rng, scores, others):
-    """(low, mean, high) of the probability of improvement."""
-    drawn = [resample(rng, one) for one in scores]
-    drawn_others = [resample(rng, one) for one in others]
-    low, high = interval(probability_of_improvement(drawn, drawn_others))
-    return low, probability_of_improvement(scores, others), high
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
@@ -696,14 +722,16 @@ def markdown_table(header, rows):
     return "\n".join(lines)
 
 
-def with_interval(mean, low, high):
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+def with_interval(mean, low, high, digits=".2f"):
+    return f"{mean:{digits}} [{low:{digits}}, {high:{digits}}]"
 
 
 def scores_to_compare(results):
     """{method: {task: success (S,) at the last step that all runs of the task have}}."""
     scores = collections.defaultdict(dict)
     for key, rows in results.curves.items():
+        if results.measures[key.task] == "return":
+            continue  # which is of another size on each task
         points = points_of(key, rows)
         step = last_common_step(results, key.task) or max(points)
         scores[results.names[key]][key.task] = points[step]
@@ -711,7 +739,7 @@ def scores_to_compare(results):
 
 
 def table_of_tasks(results):
-    """Success at the step of the comparison and, of a curve that goes on, at its own end."""
+    """Scores at the step of the comparison and, of a curve that goes on, at its own end."""
     rows = []
     for key, evaluations in results.curves.items():
         own_last = max(steps_of(results, key), default=max(points_of(key, evaluations)))
@@ -725,26 +753,31 @@ def row_of_task(results, key, step):
     rng = np.random.default_rng(0)
     evaluations = results.curves[key]
     scores = points_of(key, evaluations)[step]
-    text = f"{scores.mean():.2f}"
+    measure = results.measures[key.task]
+    digits = ".2f" if measure == "success" else ".4g"
+    text = f"{scores.mean():{digits}}"
     if len(scores) > 1:
-        text = with_interval(scores.mean(), *interval(resample(rng, scores).mean(axis=-1)))
-    seeds = ", ".join(f"{score:.2f}" for score in scores)
+        drawn = resample(rng, scores).mean(axis=-1)
+        text = with_interval(scores.mean(), *interval(drawn), digits)
+    seeds = ", ".join(f"{score:{digits}}" for score in scores)
     behavior = by_seed(key, evaluations, behavior=True)
-    flows = ", ".join(f"{list(values.values())[-1]:.2f}" for values in behavior.values())
+    flows = ", ".join(f"{list(values.values())[-1]:{digits}}" for values in behavior.values())
     there = [line for line in evaluations if line["step"] == step and line["phase"] != "behavior"]
-    total = np.mean([line["return"] for line in there])
-    name = results.names[key]
-    return (key.task, name, f"{step:,}", text, seeds, flows, f"{total:.4g}", key.setting)
+    total = f"{np.mean([line['return'] for line in there]):.4g}"
+    if measure == "return":
+        text, total = "-", text
+    return (key.task, results.names[key], f"{step:,}", text, seeds, flows, total, key.setting)
 
 
 def where_compared(results):
-    """The steps of the comparison, in words."""
+    """The steps of the comparison of success, in words."""
     steps = {}
-    for key in results.curves:
-        step = last_common_step(results, key.task)
-        steps[key.task] = f"at step {step:,}" if step else "at each method's own last step"
+    for task in results.measures:
+        step = last_common_step(results, task)
+        if results.measures[task] == "success":
+            steps[task] = f"at step {step:,}" if step else "at each method's own last step"
     if len(set(steps.values())) == 1:
-        return steps[key.task]
+        return next(iter(steps.values()))
     return ", ".join(f"{words} ({task})" for task, words in steps.items())
 
 
@@ -783,20 +816,16 @@ def shared_tasks(scores):
 
 
 def table_of_aggregates(rng, scores):
-    """Interquartile mean, mean and median over tasks."""
+    """Interquartile mean and mean over tasks."""
     rows = []
     for name, by_task in scores.items():
         drawn = resample_tasks(rng, by_task)
         values = np.concatenate(by_task)
         row = [name]
         for statistic in (interquartile_mean, lambda x: x.mean(axis=-1)):
-            row.append(with_digits(statistic(values), *interval(statistic(drawn))))
+            row.append(with_interval(statistic(values), *interval(statistic(drawn)), ".4f"))
         rows.append(row)
     return markdown_table(("method", "interquartile mean", "mean"), rows)
-
-
-def with_digits(mean, low, high):
-    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def table_of_published(results):
@@ -1025,7 +1054,7 @@ def write_report(args, parts, names):
 
 
 def draw_figures(args, results, tasks):
-    """success.png, or several; returns their names."""
+    """success.png, return.png, or several; returns their names."""
     styles = line_styles(dict.fromkeys(results.names.values()))
     figures = {}  # what distinguishes their names: figure
     for domain in dict.fromkeys(map(domain_of, tasks)):
@@ -1036,9 +1065,11 @@ def draw_figures(args, results, tasks):
         else:
             for task in chosen:
                 figures[task] = draw_one_by_one(results, task, args.published, args.title)
+    measures = {domain_of(task): measure for task, measure in results.measures.items()}
     names = []
     for part, figure in figures.items():
-        names.append(f"success_{part}.png" if len(figures) > 1 else "success.png")
+        measure = measures[domain_of(part)]
+        names.append(f"{measure}_{part}.png" if len(figures) > 1 else f"{measure}.png")
         figure.savefig(args.output / names[-1], dpi=140)
     return names
 
@@ -1057,13 +1088,16 @@ def main(args):
     results = read_results(args)
     tasks = list(dict.fromkeys(key.task for key in results.curves))
     parts = [f"# {args.title or ', '.join(tasks)}", what_was_read(results)]
-    parts.append("## Success\n\n" + table_of_tasks(results))
+    measures = " and ".join(sorted(set(results.measures.values()), reverse=True)).capitalize()
+    parts.append(f"## {measures}\n\n{table_of_tasks(results)}")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         write_results(args.output / "results.csv", results)
         names = draw_figures(args, results, tasks)
-        parts += [f"![success over steps]({name})" for name in names]
-        if len(tasks) > 1:
+        for name in names:
+            measure = "return" if name.startswith("return") else "success"
+            parts.append(f"![{measure} over steps]({name})")
+        if list(results.measures.values()).count("success") > 1:
             table = table_of_domains(scores_to_compare(results))
             parts.append(f"## By domain, {where_compared(results)}\n\n{table}")
             names += aggregate(args, results, parts)
