@@ -238,9 +238,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         return x, x  # the last one is carried on, all are kept
 
     x, xs = jax.lax.scan(step, x0, (jnp.arange(len(noise)) * h, noise), unroll=10)
-    # Noise in the last step would stay in the action, so it has none. Then the policy's last step has
-    # to be behavior's, by (3): what (6) keeps small is a KL between the two flows' steps, and between
-    # two different points that is infinite.
+    # Noise in the last step would stay in the action, so it has none. Then the policy's last step
+    # has to be behavior's, by (3): what (6) keeps small is a KL between the two flows' steps, and
+    # between two different points that is infinite.
     # Term T-1 of (6) trains the policy's velocity there all the same, since (3) uses it.
     x_last = x + h * base_velocity(x, jnp.full_like(x[..., :1], 1 - h))
     return jnp.concatenate([x0[None], xs, x_last[None]])
