@@ -124,9 +124,13 @@ def execute(notebook, folder):
     """What the cells print, and how many pictures they show."""
     import nbclient
 
-    nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": folder}}
-    ).execute()
+    resources = {"metadata": {"path": folder}}
+    client = nbclient.NotebookClient(notebook, timeout=200, resources=resources)
+    try:
+        client.execute()
+    except nbclient.exceptions.CellTimeoutError:
+        # A kernel has been seen to stop for ever on a busy machine, once in many runs.
+        nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     for widget in notebook.metadata.get("widgets", {}).values():
         for model in widget["state"].values():
