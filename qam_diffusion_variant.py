@@ -231,7 +231,7 @@ def sample_ancestral(epsilon, base_epsilon, x_N, noise):
         x_next = reverse_mean(epsilon, x, k, num_steps) + sigma * noise_k
         return x_next, x  # in the end x_1, and x_N .. x_2
 
-    # Unrolled (by at most 10), the steps are one piece of work to XLA: see docs/performance.md.
+    # Unrolled, up to 10 steps are one piece of work to XLA: see docs/performance.md.
     ks = jnp.arange(num_steps, 1, -1)
     x, xs = jax.lax.scan(step, x_N, (ks, noise), unroll=10)
     # For k = 1 sigma is 0. A step without noise has to be behavior's: what holds the policy near it
