@@ -129,7 +129,7 @@ def execute(notebook, folder):
     try:
         client.execute()
     except nbclient.exceptions.CellTimeoutError:
-        # A kernel has been seen to stop for ever on a busy machine, once in many runs.
+        # With three workers on two cores a kernel stood still, twice.
         nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     for widget in notebook.metadata.get("widgets", {}).values():
