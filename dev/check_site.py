@@ -81,20 +81,21 @@ def check(site, pictures):
     paths = sorted(site.rglob("*.html"))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        for width, height in SIZES.items():
-            page = browser.new_page(viewport={"width": width, "height": height})
-            faults = watch(page)
-            for path in paths:
-                faults.clear()
-                page.goto(path.as_uri())
+        page = browser.new_page()
+        faults = watch(page)
+        for path in paths:
+            name = path.relative_to(site)
+            page.goto(path.as_uri())
+            for width, height in SIZES.items():
+                page.set_viewport_size({"width": width, "height": height})
                 page.wait_for_timeout(100)
-                name = path.relative_to(site)
                 if pictures:
                     picture = str(name).replace("/", "_").removesuffix(".html")
                     page.screenshot(path=pictures / f"{picture}_{width}.png")
                 for script in CHECKS:
                     faults += page.evaluate(script)
                 found += [f"{name} at {width}: {fault}" for fault in faults]
+                faults.clear()
         browser.close()
     print(f"{len(paths)} pages, {len(found)} faults")
     return found
