@@ -18,7 +18,7 @@ end, is added to v. Training does not depend on that.
 
 (1) critic     y = R + discount^H m V(s');   L_Q = mean (Q_k(s, a) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v(s, x_t, t) - (a - x_0))^2
-(3) sampling   x_{i+1} = x_i + h v_Q(s, x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
+(3) sampling   x_{i+1} = x_i + h v_Q(s, x_i, t_i),   t_i = i h;   acting clips x_T to [-1, 1]
 (4) value      u = mean_K Q'(s, a) - rho std_K Q'(s, a)
                L_V = mean w (u - V(s))^2,   w = kappa where u >= V(s), else 1 - kappa
 (5) guidance   v_Q(s, x, t) = v(s, x, t) + guidance_weight grad_a mean_K Q'(s, a)
@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    """Train a policy on a dataset. A setting that is None takes the value named beside it, if any.
+    """Train a policy on a dataset. None: the value named beside it, or in OWN below, if any.
 
     On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
     --num-critics 5 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
@@ -278,12 +278,13 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
+    Where one runs over the end of an episode, `valid` is 0, rewards and next observation stop
+    there, and actions run on into the next.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
     inside = (jnp.cumsum(ends, axis=1) - ends) == 0  # (B, H) no episode has ended before that step
-    last = indices + inside.sum(axis=1) - 1  # (B,) last valid step
+    last = indices + inside.sum(axis=1) - 1  # (B,) the last step inside
     discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
@@ -444,7 +445,7 @@ OWN = {
     "kappa": [0.9, 0.95, 0.95, 0.9, 0.95, 0.9, 0.9, 0.8, 0.7, 0.8, 0.95, 0.9, 0.9],
     "guidance_weight": [0.02] * 10 + [1.0, 0.02, 0.02],
 }
-# Numbers are above 0, but for these. (Some are of other scripts.)
+# Numbers are above 0, but for these: a setting of yours that may be 0 goes here, too.
 MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
 MAY_BE_0 += "inv_temp edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
 
@@ -533,9 +534,9 @@ def find_dataset(args):
     official = folder / f"data/{name}.npz"
     collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
-        print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
         for here in Path(__file__).resolve().parents[:2]:
             for tool in here.glob("tools/collect_dataset.py"):
+                print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():
@@ -775,7 +776,7 @@ class RunLog:
             if self.tracker:
                 self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(text, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows[name])
         write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
@@ -792,7 +793,8 @@ def read_run(run_dir):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
         if Path(record["script"]).name != Path(__file__).name:
             raise ValueError(f"it is one of another script, {record['script']}")
-        values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
+        fields = dataclasses.fields(Args)  # what is new in the script has its default
+        values = {field.name: record.get(field.name, field.default) for field in fields}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         return record, Args(**values)
 

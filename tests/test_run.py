@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,25 @@ def test_seeds_side_by_side_are_the_seeds_alone(finished_run, dataset_dir, tmp_p
         losses = column(both, name)
         assert_allclose(losses[::2], column(finished_run, name), rtol=1e-3)
         assert losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_an_edited_script_goes_on(finished_run, tmp_path):
+    """A new flag has its default; a metric that went has no column any more."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    text = (ROOT / SCRIPT).read_text()
+    flag = "    dataset_replace_every: int"
+    metric = '"flow_loss": behavior_loss, '
+    assert flag in text and metric in text
+    text = text.replace(flag, f"    weight: float = 0.5  # of a new loss\n{flag}")
+    (tmp_path / SCRIPT).write_text(text.replace(metric, ""))
+    line = [sys.executable, tmp_path / SCRIPT, "--resume", folder, "--offline-steps", "80"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "was edited since the run began" in done.stdout
+    assert json.loads((folder / "args.json").read_text())["weight"] == 0.5
+    assert column(folder, "step") == [20, 40, 60, 80]
+    assert "flow_loss" not in read_rows(folder / "metrics.csv")[0]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ velocity v(s, x, t): "behavior" imitates the data, "policy" is behavior moved to
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_behavior(s, x_t, t) - (a - x_0))^2
-(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   x_T is clipped to [-1, 1]
+(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   acting clips x_T to [-1, 1]
 (4) rollout    x_{i+1} = x_i + h drift_policy(x_i, t_i, u_i) + sqrt(h) sigma_i noise_i,   i < T-1
                drift(x, t, u) = 2 v(s, x, t) - x / u,   sigma_i = sqrt(2 (1 - t_i + h) / u_i)
                u_i = t_i + h, the time that x is divided by (t_0 is 0);   x_T by (3) with behavior'
@@ -83,7 +83,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    """Train a policy on a dataset. A setting that is None takes the value named beside it, if any.
+    """Train a policy on a dataset. None: the value named beside it, or in OWN below, if any.
 
     On a laptop, in minutes: --env-id pointmaze-medium-navigate-task1 --hidden-dims 128 128 128
     --num-critics 5 --flow-steps 5 --tau 0.02 --learning-rate 1e-3 --offline-steps 10000
@@ -261,8 +261,8 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
 def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
-    g_i tells how -inv_temp Q at the end changes with x_i if behavior' goes on from there. The lean
-    adjoint leaves out a term, of policy minus behavior', whose mean at the optimum is 0.
+    g_i tells how -inv_temp Q at the end changes with x_i if behavior' goes on from there. The full
+    adjoint has terms with d/dx (policy - behavior'), too; their mean at the optimum is 0.
     """
     h = 1 / len(xs)
 
@@ -349,12 +349,13 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
+    Where one runs over the end of an episode, `valid` is 0, rewards and next observation stop
+    there, and actions run on into the next.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
     inside = (jnp.cumsum(ends, axis=1) - ends) == 0  # (B, H) no episode has ended before that step
-    last = indices + inside.sum(axis=1) - 1  # (B,) last valid step
+    last = indices + inside.sum(axis=1) - 1  # (B,) the last step inside
     discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
@@ -451,7 +452,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
 
     # The critic's gradient at x_T. In the sum over the batch, term b depends on action b alone,
-    # so the gradient of the sum holds the gradient of each sample: 0 in what lies outside [-1, 1].
+    # so the gradient of the sum holds the gradient of each sample: 0 in what the clip cuts off.
     def total_value(actions):
         return target_q(observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
@@ -573,7 +574,7 @@ OWN = {
     "inv_temp": [1.0, 3.0, 3.0, 1.0, 1.0, 0.1, 1.0, 10.0, 3.0, 3.0, 0.5, 1.0, 1.0],
     "edit_scale": [0.0, 0.1, 0.1, 0.0, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1],
 }
-# Numbers are above 0, but for these. (Some are of other scripts.)
+# Numbers are above 0, but for these: a setting of yours that may be 0 goes here, too.
 MAY_BE_0 = "seed discount rho checkpoint_minutes offline_steps pretrain_steps start_training "
 MAY_BE_0 += "inv_temp edit_scale fql_alpha noisy_coef actor_noise bc_alpha guidance_weight"
 
@@ -662,9 +663,9 @@ def find_dataset(args):
     official = folder / f"data/{name}.npz"
     collected = folder / f"collected/{name}.npz"
     if not official.exists() and not collected.exists() and not download(name, official):
-        print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
         for here in Path(__file__).resolve().parents[:2]:
             for tool in here.glob("tools/collect_dataset.py"):
+                print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
                 subprocess.run([sys.executable, tool, name, "--episodes", "100"])
     for path in (official, collected):
         if path.exists():
@@ -904,7 +905,7 @@ class RunLog:
             if self.tracker:
                 self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(text, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows[name])
         write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
@@ -921,7 +922,8 @@ def read_run(run_dir):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
         if Path(record["script"]).name != Path(__file__).name:
             raise ValueError(f"it is one of another script, {record['script']}")
-        values = {field.name: record[field.name] for field in dataclasses.fields(Args)}
+        fields = dataclasses.fields(Args)  # what is new in the script has its default
+        values = {field.name: record.get(field.name, field.default) for field in fields}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         return record, Args(**values)
 
