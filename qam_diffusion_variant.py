@@ -394,8 +394,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     k = jax.random.randint(key_k, (len(e), 1), 1, num_steps + 1).astype(float)
     behavior_loss = denoising_loss(eps_behavior, batch.actions, batch.valid, e, k, num_steps)
 
-    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss that takes
-    # its place has to do so, too.
+    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss in its
+    # place has to do the same.
     x_N = jax.random.normal(key_x, shape)
     noise = jax.random.normal(key_noise, (num_steps - 1, *shape))
     xs = sample_ancestral(eps_policy, eps_base, x_N, noise)  # (N+1, B, D)

@@ -392,8 +392,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     t = jax.random.uniform(key_t, (len(x0), 1))
     behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
 
-    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss that takes
-    # its place has to do so, too.
+    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss in its
+    # place has to do the same.
     x0 = jax.random.normal(key_sde, shape)
     noise = jax.random.normal(key_noise, (args.flow_steps - 1, *shape))
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
