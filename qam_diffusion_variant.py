@@ -312,8 +312,7 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where one runs over the end of an episode, `valid` is 0, rewards and next observation stop
-    there, and actions run on into the next.
+    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
@@ -322,7 +321,7 @@ def gather_chunks(dataset, indices, horizon, discount):
     discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
-        actions=dataset.actions[steps].reshape(len(indices), -1),
+        actions=dataset.actions[steps].reshape(len(indices), -1),  # beyond the end, too
         rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
         masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
         valid=inside[:, -1].astype(jnp.float32),
@@ -394,8 +393,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     k = jax.random.randint(key_k, (len(e), 1), 1, num_steps + 1).astype(float)
     behavior_loss = denoising_loss(eps_behavior, batch.actions, batch.valid, e, k, num_steps)
 
-    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss in its
-    # place has to do the same.
+    # A rollout of the policy. (A loss in place of adjoint_matching_loss must stop its gradient.)
     x_N = jax.random.normal(key_x, shape)
     noise = jax.random.normal(key_noise, (num_steps - 1, *shape))
     xs = sample_ancestral(eps_policy, eps_base, x_N, noise)  # (N+1, B, D)

@@ -259,8 +259,7 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where one runs over the end of an episode, `valid` is 0, rewards and next observation stop
-    there, and actions run on into the next.
+    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
@@ -269,7 +268,7 @@ def gather_chunks(dataset, indices, horizon, discount):
     discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
-        actions=dataset.actions[steps].reshape(len(indices), -1),
+        actions=dataset.actions[steps].reshape(len(indices), -1),  # beyond the end, too
         rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
         masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
         valid=inside[:, -1].astype(jnp.float32),

@@ -258,7 +258,7 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
 def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
-    g_i tells how -inv_temp Q at the end changes with x_i if behavior' goes on from there. The full
+    g is carried back along the policy's path as if each step were one of behavior'. The full
     adjoint has terms with d/dx (policy - behavior'), too; their mean at the optimum is 0.
     """
     h = 1 / len(xs)
@@ -320,8 +320,7 @@ class Batch(NamedTuple):
 def gather_chunks(dataset, indices, horizon, discount):
     """The `horizon` transitions that begin at each of `indices` (B,), as in arXiv 2507.07969.
 
-    Where one runs over the end of an episode, `valid` is 0, rewards and next observation stop
-    there, and actions run on into the next.
+    Where one runs over the end of an episode, `valid` is 0, and rewards and next observation stop.
     """
     steps = indices[:, None] + jnp.arange(horizon)  # (B, H)
     ends = dataset.terminals[steps]
@@ -330,7 +329,7 @@ def gather_chunks(dataset, indices, horizon, discount):
     discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
-        actions=dataset.actions[steps].reshape(len(indices), -1),
+        actions=dataset.actions[steps].reshape(len(indices), -1),  # beyond the end, too
         rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
         masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
         valid=inside[:, -1].astype(jnp.float32),
@@ -372,7 +371,7 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
     """Equation (6): x_0 .. x_{T-1}, g_0 .. g_{T-1} (T, B, D) -> scalar.
 
     Gradients reach `velocity` alone. As in the paper, term i is matched to the adjoint of x_i,
-    where step i begins, and not to that of x_{i+1}, where it ends; as h -> 0 they agree.
+    where step i begins, not of x_{i+1}, where it ends: as h -> 0 only the first steps differ.
     """
     h = 1 / len(xs)
     xs, adjoints = jax.lax.stop_gradient((xs, adjoints))
@@ -414,8 +413,7 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     t = jax.random.uniform(key_t, (len(x0), 1))
     behavior_loss = flow_matching_loss(v_behavior, batch.actions, batch.valid, x0, t)
 
-    # A rollout of the policy. adjoint_matching_loss lets no gradient go through it; a loss in its
-    # place has to do the same.
+    # A rollout of the policy. (A loss in place of adjoint_matching_loss must stop its gradient.)
     x0 = jax.random.normal(key_sde, shape)
     noise = jax.random.normal(key_noise, (args.flow_steps - 1, *shape))
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
