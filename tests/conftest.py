@@ -33,6 +33,14 @@ TINY = (
 ).split()
 
 
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """For runs of many programs and few updates, most of whose time is XLA's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory):
     """A folder with a real, small pointmaze dataset."""

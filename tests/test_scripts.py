@@ -29,6 +29,8 @@ SCRIPTS = [
     "baselines/rql.py",
     "baselines/qgf.py",
 ]
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 # A run takes ten seconds: these with the README's test command, the others with -m slow.
 FAST = ("qam_diffusion_variant.py", "baselines/fql.py", "variants/trqam.py", "baselines/ifql.py")
 MARKED = [
@@ -37,14 +39,6 @@ MARKED = [
 WITHOUT_BEHAVIOR = [
     f"baselines/{name}.py" for name in "fbrac fawac rebrac rlpd qsm dac rql".split()
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Most of the time here is XLA's, and few updates follow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")

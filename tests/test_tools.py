@@ -30,6 +30,7 @@ def run_benchmark(script, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation")
 def test_benchmark_prints_one_json_object():
     """And its parts agree: MFU is operations times rate over the best multiplication rate."""
     figures = run_benchmark("qam_offline.py", "--repeats", "2", "--num-seeds", "2")
@@ -66,6 +67,7 @@ def test_benchmark_counts_kernels_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fast_compilation")
 def test_benchmark_runs_the_online_phase():
     """Environment and updates at once, against the slower of the two."""
     flags = ("--repeats", "3", "--online-seconds", "2", "--skip-evaluation")
