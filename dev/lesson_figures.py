@@ -283,7 +283,7 @@ def loss_over_charge(num_steps=5):
 
     loss = qam.adjoint_matching_loss(policy, base, xs, jnp.zeros_like(xs))
     charge = (pushes**2).sum() / 2
-    what = f"L_AM at g = 0 over chapter 4's charge, T = {num_steps}"
+    what = f"L_AM at g = 0 over chapter 4's charge, no push in the last step, T = {num_steps}"
     tell(6, what, f"{loss / charge:.1f}", 0, "one path")
 
 
