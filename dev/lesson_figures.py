@@ -306,7 +306,7 @@ def distances_to_the_target(data, target):
         if num_steps == 5:
             right = np.quantile(xs[:, :, 0], 0.999, axis=1)[3:]
             what = "99.9 % of the policy's samples are left of: x_3, x_4, x_5, T = 5"
-            tell(4, what, listed(right), "0, 2", NUM_SAMPLES)
+            tell(9, what, listed(right), "0, 2", NUM_SAMPLES)
     what = "distance of the target's own velocity to the target, T = 5, 10, 30"
     tell(4, what, listed(at_best, 3), 2, NUM_SAMPLES)
     tell(4, "distance of the policy, the same", listed(trained, 3), "0, 2", NUM_SAMPLES)
@@ -327,7 +327,7 @@ def distances_to_the_target(data, target):
             tell(9, what, listed(distances, 3), "0 and 1, 2", NUM_SAMPLES)
             if num_steps == 5:
                 what = f"least slope of the step from t = 0.6 at a_2 = 0.5, T = 5, {title}"
-                tell(4, what, listed(map(least_slope, policies)), "0 and 1", "a grid")
+                tell(9, what, listed(map(least_slope, policies)), "0 and 1", "a grid")
     return samples
 
 
