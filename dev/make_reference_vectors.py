@@ -39,6 +39,28 @@ def make_arrays():
     dimension = args.horizon * ACTION  # D
     x0 = jax.random.normal(key_x0, (BATCH, dimension))
     noise = jax.random.normal(key_noise, (STEPS - 1, BATCH, dimension))
+    matching, gradient = adjoint_matching(args, networks, params, observations, x0, noise)
+    batch, losses, gradients = other_losses(args, networks, params, observations, key_batch)
+    trees = {
+        "params": params,
+        "grad": {"policy": gradient, **gradients},
+        **chunks(args),
+    }
+    arrays = {
+        "inv_temp": args.inv_temp,
+        "observations": observations,
+        "x0": x0,
+        "noise": noise,
+        **matching,
+        **batch,
+        **losses,
+        **flatten_dict(trees, sep="/"),
+    }
+    return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+
+
+def adjoint_matching(args, networks, params, observations, x0, noise):
+    """Equations (3) to (6): (results, the policy's gradient)."""
 
     def velocity(network, network_params):
         return partial(network.apply, {"params": network_params}, observations)
@@ -60,25 +82,33 @@ def make_arrays():
         return qam.adjoint_matching_loss(policy, base, xs[:-1], adjoints)
 
     loss, gradient = jax.value_and_grad(loss_of)(params["policy"])
-    batch, losses, gradients = other_losses(args, networks, params, observations, key_batch)
     h = 1 / STEPS
-    arrays = {
-        "inv_temp": args.inv_temp,
-        "observations": observations,
-        "x0": x0,
-        "noise": noise,
+    results = {
         "sigmas": qam.memoryless_sigma(jnp.arange(STEPS) * h, h),
         "xs": xs,
         "behavior_actions": jnp.clip(qam.sample_ode(base, x0, STEPS), -1, 1),
         "g": g,
         "adjoints": adjoints,
         "adjoint_loss": loss,
-        **batch,
-        **losses,
     }
-    gradients = {"policy": gradient, **gradients}
-    flat = flatten_dict({"params": params, "grad": gradients}, sep="/")
-    return {name: np.asarray(array, np.float32) for name, array in {**arrays, **flat}.items()}
+    return results, gradient
+
+
+def chunks(args):
+    """Two episodes, of 5 transitions and of 3, and the chunk from every start: two dicts."""
+    rng = np.random.default_rng(0)
+    dataset = qam.Dataset(
+        observations=rng.normal(size=(8, OBSERVATION)),
+        actions=rng.uniform(-1, 1, (8, ACTION)),
+        rewards=rng.normal(size=8),
+        masks=np.array([1, 1, 1, 0, 1, 1, 1, 1]),
+        terminals=np.array([0, 0, 0, 0, 1, 0, 0, 1]),
+        next_observations=rng.normal(size=(8, OBSERVATION)),
+    )
+    starts = jnp.arange(8 - args.horizon + 1)
+    dataset = jax.tree.map(jnp.asarray, dataset)
+    batch = qam.gather_chunks(dataset, starts, args.horizon, args.discount)
+    return {"data": dataset._asdict(), "chunks": batch._asdict()}
 
 
 def other_losses(args, networks, params, observations, key):

@@ -118,19 +118,15 @@ def test_made_from_qam_offline_it_is_qam_offline_to_online(online_scripts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script", ["edited", pytest.param("baselines/fql.py", marks=pytest.mark.slow)]
-)
-def test_both_phases_run(script, online_scripts, dataset_dir, tmp_path):
+def test_both_phases_of_an_edited_copy_run(online_scripts, dataset_dir, tmp_path):
     flags = "--online-steps 300 --start-training 40 --eval-every 180 --log-every 60".split()
-    done = run(online_scripts[script], dataset_dir, tmp_path, *flags)
+    done = run(online_scripts["edited"], dataset_dir, tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     folder = folder_of(tmp_path)
     evals = [(row["step"], row["phase"]) for row in read_rows(folder / "eval.csv")]
     assert evals == [("60", "offline"), ("180", "online"), ("360", "online")]
     metrics = read_rows(folder / "metrics.csv")
-    own = "adjoint" if script == "edited" else "distillation_loss"
-    assert own in metrics[-1]
+    assert "adjoint" in metrics[-1]  # which the edit adds
     assert np.isfinite([float(value) for row in metrics for value in row.values()]).all()
     states = read_states(folder)
     assert len(states["online"]["rewards"]) == 300

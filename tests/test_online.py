@@ -173,14 +173,14 @@ def path_of(dataset_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "env_id",
+    "env_id, sparse",
     [
-        TASK,
-        pytest.param("scene-play-task1", marks=pytest.mark.slow),
-        pytest.param("cube-double-play-task1", marks=pytest.mark.slow),
+        (TASK, False),
+        (TASK, True),
+        pytest.param("scene-play-task1", True, marks=pytest.mark.slow),
+        pytest.param("cube-double-play-task1", False, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("sparse", [False, True])
 def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, sparse, path_of):
     """The same states, through load_dataset and through the environment."""
     args = qam.Args(env_id=env_id, horizon=1, sparse=sparse)

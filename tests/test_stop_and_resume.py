@@ -39,9 +39,7 @@ def never_stopped(dataset_dir, tmp_path_factory):
     return folder_of(run_dir)
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
-)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_path, how):
     run_dir = tmp_path / "stopped"
     process = start(OFFLINE, dataset_dir, run_dir, *LONG)
@@ -57,18 +55,15 @@ def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_
     assert_same_rows(never_stopped, stopped, "metrics.csv", "eval.csv")
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_stopped_in_an_evaluation(finished_run, dataset_dir, tmp_path, how):
-    """An evaluation of many episodes is given up. It begins anew when the run is resumed."""
+def test_stopped_in_an_evaluation(finished_run, dataset_dir, tmp_path):
+    """By Ctrl-C: it is given up, and begins anew when the run is resumed."""
     run_dir = tmp_path / "stopped"
     # The first checkpoint is the one before the evaluation, whose processes then need a second.
     flags = "--eval-episodes 500 --checkpoint-minutes 60".split()
     process = start(OFFLINE, dataset_dir, run_dir, *flags)
     wait_for(has_checkpoint, run_dir, process)
-    printed = stop(process, how, shortest_wait=1.5, longest_wait=3.0)
-    check_stopped(process, how, printed, run_dir)
+    printed = stop(process, signal.SIGINT, shortest_wait=1.5, longest_wait=3.0)
+    check_stopped(process, signal.SIGINT, printed, run_dir)
     stopped = folder_of(run_dir)
     assert not (stopped / "eval.csv").exists()
     done = resume(stopped, "--eval-episodes", "2")
