@@ -430,14 +430,16 @@ def test_hidden_files_are_no_shards(tmp_path):
 
 
 @pytest.mark.slow
-def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
-    """The run saves before it leaves, and goes on when the shard is mended."""
+def test_shard_that_turns_out_damaged_in_its_turn(finished_run, dataset_dir, tmp_path):
+    """The run saves before it leaves, and goes on when the shard is mended: with that one."""
     shards = tmp_path / "shards"
     shards.mkdir()
-    content = bytearray((dataset_dir / f"{DOMAIN}-v0.npz").read_bytes())
+    arrays = dict(np.load(dataset_dir / f"{DOMAIN}-v0.npz"))
     first, second = np.random.default_rng(1).permutation([f"{DOMAIN}-a.npz", f"{DOMAIN}-b.npz"])
-    (shards / first).write_bytes(content)
-    damaged = content.copy()
+    np.savez(shards / first, **arrays)
+    np.savez(shards / second, **{field: array[:1001] for field, array in arrays.items()})
+    content = (shards / second).read_bytes()
+    damaged = bytearray(content)
     damaged[5000] ^= 1
     (shards / second).write_bytes(damaged)
     flags = "--dataset-replace-every 20 --checkpoint-minutes 60 --eval-every 60"
@@ -452,6 +454,10 @@ def test_shard_that_turns_out_damaged_in_its_turn(dataset_dir, tmp_path):
     done = resume(folder)
     assert done.returncode == 0, done.stderr
     assert read_states(folder)["step"] == 60
+    losses = [row["critic_loss"] for row in read_rows(folder / "metrics.csv")]
+    alone = [row["critic_loss"] for row in read_rows(finished_run / "metrics.csv")]
+    assert losses[0] == alone[0]
+    assert losses[1] != alone[1]
 
 
 def test_shard_that_is_cut_short_is_found_before_anything_is_recorded(dataset_dir, tmp_path):

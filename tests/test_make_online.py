@@ -158,7 +158,7 @@ def test_rlpd_runs_online_alone(online_scripts, dataset_dir, tmp_path):
 def test_killed_in_the_offline_phase(online_scripts, dataset_dir, tmp_path):
     """TRQAM's lambda and its average are part of the state; while pretraining, they stand still."""
     script = online_scripts["variants/trqam.py"]
-    flags = "--pretrain-steps 400 --offline-steps 1600 --online-steps 900 --start-training 40"
+    flags = "--pretrain-steps 400 --offline-steps 1600 --online-steps 100 --start-training 40"
     flags += " --log-every 100 --eval-every 800 --checkpoint-minutes 0.002 --eval-episodes 1"
     flags = [*flags.split(), "--eval-envs", "1", "--kl-budget", "0.1"]
     done = run(script, dataset_dir, tmp_path / "never_killed", *flags)

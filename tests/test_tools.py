@@ -78,9 +78,10 @@ def test_benchmark_runs_the_online_phase():
     assert figures["online_fraction"] > 0.05
 
 
+# Matching on a flow and on a diffusion, one step, and a critic that learns of noisy actions.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", closed_form.GRIDS)
-def test_every_method_trains_on_the_bandit(name):
+@pytest.mark.parametrize("name", ["qam_offline", "qam_diffusion_variant", "fql", "cgql"])
+def test_a_method_trains_on_the_bandit(name):
     """Its own policy_loss with the analytic Q, whose critics all agree; nothing is lost to nan."""
     coefficient = closed_form.GRIDS[name][1][0]
     matching = name in closed_form.MATCHING
