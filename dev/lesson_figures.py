@@ -196,25 +196,46 @@ def draw_policy(samples):
 # ----------------------------------------------------------------------------------------- numbers
 
 
+def plain_steps(num_steps, seed=0):
+    """x_T (B, 2) by (3) of NUM_PATHS samples, and d x_T / d x_0 (B, 2, 2)."""
+
+    def end(x0):
+        return qam.sample_ode(base, x0[None], num_steps)[0]
+
+    x0 = draw_noise(seed, NUM_PATHS, 2)
+    return jax.vmap(end)(x0), jax.jit(jax.vmap(jax.jacobian(end)))(x0)
+
+
 def gradients_through_plain_steps():
     """Chapter 1 and the figure: what backpropagation through (3) makes of a gradient."""
     for num_steps in (10, 100):
-
-        def end(x0, num_steps=num_steps):
-            return qam.sample_ode(base, x0[None], num_steps)[0]
-
-        x0 = draw_noise(0, NUM_PATHS, 2)
-        jacobians = jax.jit(jax.vmap(jax.jacobian(end)))(x0)  # (B, 2, 2)
+        x_last, jacobians = plain_steps(num_steps)
         sizes = np.linalg.norm(jacobians, ord=2, axis=(1, 2))
         what = f"norm of d x_T / d x_0, T = {num_steps}: 1 %, median, 99 %, largest"
         tell(1, what, listed(np.quantile(sizes, [0.01, 0.5, 0.99, 1])), 0, NUM_PATHS)
         if num_steps == 10:
-            g = terminal_adjoint(jax.vmap(end)(x0))
+            g = terminal_adjoint(x_last)
             carried = jnp.einsum("bij,bi->bj", jacobians, g)
             ratios = np.linalg.norm(carried, axis=-1) / np.linalg.norm(g, axis=-1)
             what = "gradient at x_0 over that at x_T: median, share above 1, largest"
             numbers = [np.median(ratios), (ratios > 1).mean(), ratios.max()]
             tell("figure", f"{what}, T = 10", listed(numbers), 0, NUM_PATHS)
+    others = []
+    for seed in range(1, 6):
+        _, jacobians = plain_steps(100, seed)
+        others.append(np.quantile(np.linalg.norm(jacobians, ord=2, axis=(1, 2)), 0.99))
+    what = "the same, 99 %, T = 100, least and most of five draws"
+    tell(1, what, listed([min(others), max(others)], 1), "1 to 5", NUM_PATHS)
+
+
+def distances_between_draws(target):
+    """Chapter 1: of the target, from other draws of it."""
+    others = []
+    for seed in range(1, 9):
+        again = closed_form.draw_target(np.random.default_rng(seed), NUM_SAMPLES)
+        others.append(closed_form.mmd(again, target))
+    what = "distance of the target drawn again, least and most of eight draws"
+    tell(1, what, listed([min(others), max(others)], 3), "1 to 8", NUM_SAMPLES)
 
 
 def distances_to_the_data(data, again):
@@ -342,6 +363,7 @@ def main():
     g = terminal_adjoint(xs[-1])
     draw_adjoint(xs, adjoints_of(xs, g), g)
     gradients_through_plain_steps()
+    distances_between_draws(target)
     distances_to_the_data(data, again)
     sizes_of_adjoints()
     loss_over_charge()

@@ -101,7 +101,7 @@ def chunks(args):
         observations=rng.normal(size=(8, OBSERVATION)),
         actions=rng.uniform(-1, 1, (8, ACTION)),
         rewards=rng.normal(size=8),
-        masks=np.array([1, 1, 1, 0, 1, 1, 1, 1]),
+        masks=np.array([1, 1, 1, 0, 1, 0, 1, 1]),
         terminals=np.array([0, 0, 0, 0, 1, 0, 0, 1]),
         next_observations=rng.normal(size=(8, OBSERVATION)),
     )
