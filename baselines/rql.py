@@ -50,14 +50,11 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 import warnings
-import zipfile
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -236,8 +233,7 @@ def sample_actions(args, networks, params, observations, key):
     noise = jax.random.normal(key, (args.best_of_n, len(observations), networks.chunk_dim))
     observations = jnp.broadcast_to(observations, (args.best_of_n, *observations.shape))
     actions = policy_actions(args, networks, params, observations, noise)  # (n, B, D)
-    if args.best_of_n == 1:
-        return actions[0]
+    # Where n is 1 there is nothing to choose, and the compiler leaves the critics out.
     timed = with_time(actions, 1.0)  # (n, B, D + 1)
     q = networks.critic.apply({"params": params["critic"]}, observations, timed)  # (K, n, B)
     best = q.mean(axis=0).argmax(axis=0)  # (B,)
@@ -471,13 +467,11 @@ def resolve_args(args):
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
-        positive = type(value) not in (int, float) or value > 0  # nan is not
+        positive = type(value) not in (int, float, tuple) or min(np.ravel(value), default=0) > 0
         if not positive and not (value == 0 and name in MAY_BE_0.split()):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
-    if min(args.hidden_dims, default=0) < 1 or args.seed >= 2**32:
-        raise ValueError("--hidden-dims must be positive, --seed below 2**32")
-    if max(args.discount, args.tau) > 1:
-        raise ValueError("--discount and --tau are at most 1")
+    if max(args.discount, args.tau) > 1 or args.seed >= 2**32:
+        raise ValueError("--seed must be below 2**32, --discount and --tau at most 1")
 
 
 # ------------------------------------------------------------------------- environment and data
@@ -488,8 +482,8 @@ def parse_env_id(env_id):
 
     For example cube-quadruple-play-100m, scene-play-task1, cube-double-play-singletask-task2-v0.
     """
-    pattern = r"([\s\S]*?)(-100m)?(-singletask)?(-task\w+)?(-v0)?"
-    domain, size, _, task, _ = re.fullmatch(pattern, env_id).groups("")
+    pattern = r"([\s\S]*?)(-100m)?(?:-singletask)?(-task\w+)?(?:-v0)?"
+    domain, size, task = re.fullmatch(pattern, env_id).groups("")
     name = domain.rpartition("-")[0]  # without the kind of data: play, navigate, ..
     environment_id = f"{name}-singletask{task}-v0"
     if environment_id in gymnasium.registry:
@@ -515,7 +509,7 @@ def make_env(args):
 
 
 def find_dataset(args):
-    """The dataset's file, or its shards. Downloads or collects what is missing."""
+    """(where it is from, its file or shards). tools/collect_dataset.py gets what is missing."""
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
         folder = Path(args.dataset_dir)
@@ -524,49 +518,26 @@ def find_dataset(args):
         if not shards:
             names = [path.name for path in folder.glob("*")]
             fail(f"--dataset-dir {folder} has no {domain}*.npz, but {names}")
-        return [path for path in shards if path.stem == name] or shards
+        return "from --dataset-dir", [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    with or_fail("--dataset-dir is needed, for there is no home folder"):
-        folder = Path("~/.ogbench").expanduser()
-    official = folder / f"data/{name}.npz"
-    collected = folder / f"collected/{name}.npz"
-    if not official.exists() and not collected.exists() and not download(name, official):
-        for here in Path(__file__).resolve().parents[:2]:
-            for tool in here.glob("tools/collect_dataset.py"):
-                print(f"collecting 100 episodes of {name} with OGBench's scripted policies")
-                subprocess.run([sys.executable, tool, name, "--episodes", "100"])
-    for path in (official, collected):
-        if path.exists():
-            return [path]
-    fail(f"no dataset: put {name}.npz into {official.parent} or run tools/collect_dataset.py")
-
-
-def download(name, path):
-    """Fetch the official file; it takes its name only if it has arrived whole."""
-    part = Path(f"{path}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(20)  # seconds without an answer
-    bar = tqdm(desc=f"downloading {name}.npz", unit="B", unit_scale=True)
-
-    def show(blocks, block_size, size):
-        bar.total = size
-        bar.update(blocks * block_size - bar.n)
-
-    try:
-        urllib.request.urlretrieve(f"{ogbench.utils.DATASET_URL}/{name}.npz", part, show)
-        zipfile.ZipFile(part).close()  # a page that asks for a password is no zip file
-        part.rename(path)
-    except Exception as error:  # of the network, the server, the disk or zipfile
-        part.unlink(missing_ok=True)
-        tqdm.write(f"{name}.npz can't be downloaded: {error!r}")
-    bar.close()
-    return path.exists()
+    home = os.path.expanduser("~/.ogbench")
+    official = Path(f"{home}/data/{name}.npz")
+    collected = Path(f"{home}/collected/{name}.npz")
+    if not official.exists() and not collected.exists():
+        for folder in Path(__file__).resolve().parents[:2]:
+            for tool in folder.glob("tools/collect_dataset.py"):
+                subprocess.run([sys.executable, tool, name, "--download", "--episodes", "100"])
+    if official.exists():
+        return "official", [official]
+    if collected.exists():
+        return "collected", [collected]
+    fail(f"no {name}.npz: see tools/collect_dataset.py, ogbench.download_datasets, --dataset-dir")
 
 
 def load_dataset(args, path, env):
-    """A file as a Dataset of numpy arrays, float32; exits if it can't be used.
+    """A file as a Dataset of numpy arrays, float32; exits if it does not fit or is damaged.
 
     One that holds rewards is taken as it is. OGBench's don't: they are labelled for the task.
     """
@@ -578,35 +549,27 @@ def load_dataset(args, path, env):
         if "timeouts" in data:  # ends that some sets do not count among the terminals
             data = {**data, "terminals": np.logical_or(data["terminals"], data["timeouts"])}
         data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
-        check_dataset(args, data, env)
+        rows = len(data.actions)
+        observation = env.observation_space.shape
+        shapes = (observation, env.action_space.shape, (), (), (), observation)
+        for name, array, shape in zip(Dataset._fields, data, shapes, strict=True):
+            if array.shape != (rows, *shape) or not np.isfinite(array).all():
+                raise ValueError(f"{name}, {array.shape}, must be {(rows, *shape)} and finite")
+        if rows < args.horizon or data.terminals[-1] != 1:
+            raise ValueError("terminals is not 1 in the last row, or has fewer rows than --horizon")
+        size = np.abs(data.actions)
+        if size.max() > 1 + 1e-3:
+            raise ValueError(f"actions: {np.mean(size > 1):.1%} are beyond 1, up to {size.max():g}")
     if args.sparse:
-        data = data._replace(rewards=np.where(data.rewards != 0, np.float32(-1), np.float32(0)))
+        data = data._replace(rewards=-np.float32(data.rewards != 0))
     # As in the paper's code. Some methods invert a tanh here.
     return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
 
 
-def check_dataset(args, data, env):
-    """Raises ValueError for data that does not fit or is damaged."""
-    rows = len(data.actions)
-    observation = env.observation_space.shape
-    shapes = (observation, env.action_space.shape, (), (), (), observation)
-    for name, array, shape in zip(Dataset._fields, data, shapes, strict=True):
-        if array.shape != (rows, *shape):
-            raise ValueError(f"{name} has shape {array.shape}, not {(rows, *shape)}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} holds numbers that are not finite")
-    if rows < args.horizon or data.terminals[-1] != 1:
-        raise ValueError("terminals is not 1 in the last row, or has fewer rows than --horizon")
-    size = np.abs(data.actions)
-    if size.max() > 1 + 1e-3:
-        raise ValueError(f"actions: {np.mean(size > 1):.1%} are beyond 1, up to {size.max():g}")
-
-
 def load_shard(args, paths, step, env):
     """The shard whose turn it is at a step, on the device."""
-    order = np.random.default_rng(args.seed).permutation(len(paths))
     turn = step // args.dataset_replace_every % len(paths)
-    return jax.device_put(load_dataset(args, paths[order[turn]], env))
+    return jax.device_put(load_dataset(args, paths[turn], env))
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -674,26 +637,27 @@ def evaluate(args, act, params, envs, key):
     return {"success_rate": success, "return": total, "length": length, "episodes": len(results)}
 
 
-def score(args, act, envs, states, step, phase, log):
-    """Evaluate each seed: rows of eval.csv. What a stop leaves unfinished is not kept."""
+def score(args, act, envs, states, step, phase, run_dir):
+    """Evaluate each seed: rows of eval.csv, unless a stop comes. Returns words for the bar."""
     rows = []
     for i in range(args.num_seeds):
         started = time.perf_counter()
         state = of_seed(states, i)
         params = {**state.params, "target": state.target_params}
         key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
-        row = {"step": step, "seed": args.seed + i, "phase": phase}
-        row.update(evaluate(args, act, params, envs, key))
+        row = {"phase": phase, **evaluate(args, act, params, envs, key)}
         row["wall_seconds"] = round(time.perf_counter() - started, 1)
         rows.append(row)
-    if not stop_signals:
-        log.append("eval", rows)
-        log.bar.set_description(f"success {np.mean([row['success_rate'] for row in rows]):.2f}")
+    if stop_signals:
+        return "stopped"
+    log_rows(args, run_dir, "eval", step, rows)
+    return f"success {np.mean([row['success_rate'] for row in rows]):.2f}"
 
 
 # ----------------------------------------------------------------------------------- run folder
 
 stop_signals = []  # numbers of the signals that asked the run to stop
+tables = {"metrics": [], "eval": [], "episodes": []}  # rows of the run's csv files
 
 
 def fail(message):
@@ -726,7 +690,7 @@ def write_file(path, content):
 def save_checkpoint(run_dir, states):
     """checkpoint.msgpack: all that is needed to go on."""
     states = jax.device_get(states._replace(key=jax.random.key_data(states.key)))
-    write_file(run_dir / "checkpoint.msgpack", flax.serialization.to_bytes({"states": states}))
+    write_file(f"{run_dir}/checkpoint.msgpack", flax.serialization.to_bytes({"states": states}))
 
 
 def load_checkpoint(run_dir):
@@ -742,49 +706,38 @@ def restore(states, checkpoint):
     return states._replace(key=jax.random.wrap_key_data(states.key, impl="threefry2x32"))
 
 
-def in_short(value):
-    """Numbers with four digits, for the screen."""
-    return f"{value:.4g}" if isinstance(value, float | np.floating | jax.Array) else value
+def read_tables(run_dir, step):
+    """The rows of a run at `step`. What it wrote later, before it was killed, is left out."""
+    for name in tables:
+        path = Path(f"{run_dir}/{name}.csv")
+        rows = csv.DictReader(path.open()) if path.exists() else []
+        tables[name] = [row for row in rows if int(row["step"]) <= step]
 
 
-class RunLog:
-    """A run's csv files, lines on the screen, the bar and, with --track, Weights & Biases."""
-
-    def __init__(self, args, run_dir, step, last):
-        self.run_dir = run_dir
-        self.rows = {"metrics": [], "eval": [], "episodes": []}
-        for path in run_dir.glob("*.csv"):
-            # What a killed run wrote after its last checkpoint will come again.
-            rows = csv.DictReader(path.open())
-            self.rows[path.stem] = [row for row in rows if int(row["step"]) <= step]
-        self.bar = tqdm(total=last, initial=step, unit=" steps", disable=None)
-        self.tracker = None
+def log_rows(args, run_dir, name, step, rows):
+    """Add a row for each seed to a csv file (written whole), the screen and Weights & Biases."""
+    for seed, row in enumerate(rows, start=args.seed):
+        tables[name].append({"step": step, "seed": seed, **row})
+        numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "phase"]
+        # But for the last: it is a time, and the bar shows the speed.
+        words = f"step {step} seed {seed} {' '.join(numbers[:-1])}"
+        tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
         if args.track:
             import wandb
 
-            # The same id makes one curve of a run, however often it is resumed.
-            run = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow"}
-            self.tracker = wandb.init(**run, dir=run_dir, config=vars(args))
+            wandb.log({f"{name}/{seed}": tables[name][-1]}, step=step)
+    text = io.StringIO()
+    columns = tables[name][-1]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(tables[name])
+    write_file(f"{run_dir}/{name}.csv", text.getvalue().encode())
 
-    def append(self, name, rows):
-        """Add new rows to a file, which is written whole. Its columns are those of the last row."""
-        self.rows[name] += rows
-        for row in rows:
-            # But for the last column: it is a time, and the bar shows the speed.
-            words = " ".join(f"{key} {in_short(row[key])}" for key in list(row)[:-1])
-            tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
-            if self.tracker:
-                self.tracker.log({f"{name}/{row['seed']}": row}, step=row["step"])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[-1], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows[name])
-        write_file(self.run_dir / f"{name}.csv", text.getvalue().encode())
 
-    def evaluation_is_due(self, step, every, last):
-        """At every multiple and at the end, unless its row is there already."""
-        scored = {int(row["step"]) for row in self.rows["eval"]}
-        return step > 0 and (step % every == 0 or step == last) and step not in scored
+def evaluation_is_due(step, every, last):
+    """At every multiple and at the end, unless its row is there already."""
+    scored = {int(row["step"]) for row in tables["eval"]}
+    return step > 0 and (step % every == 0 or step == last) and step not in scored
 
 
 def read_run(run_dir):
@@ -793,8 +746,8 @@ def read_run(run_dir):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
         if Path(record["script"]).name != Path(__file__).name:
             raise ValueError(f"it is one of another script, {record['script']}")
-        fields = dataclasses.fields(Args)  # what is new in the script has its default
-        values = {field.name: record.get(field.name, field.default) for field in fields}
+        # What is new in the script has its default.
+        values = {name: record[name] for name in vars(Args()) if name in record}
         values["hidden_dims"] = tuple(values["hidden_dims"])
         return record, Args(**values)
 
@@ -812,11 +765,8 @@ def parse_args():
     return args
 
 
-def describe_run(args, paths, dataset):
+def describe_run(args, source, paths, dataset):
     """What args.json holds."""
-    source = "official" if paths[0].parent.name == "data" else "collected"
-    if args.dataset_dir:
-        source = "from --dataset-dir"
     packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
     settings = ("jax_enable_x64", "jax_default_matmul_precision")
     return {
@@ -838,7 +788,7 @@ def describe_run(args, paths, dataset):
 def read_crcs(path):
     """Of a file's arrays, as they stand in the zip's directory: by them data is known."""
     with or_fail(f"{path} can't be used"):
-        return [array.CRC for array in zipfile.ZipFile(path).infolist()]
+        return [array.CRC for array in np.load(path).zip.infolist()]
 
 
 def open_run_folder(args, record):
@@ -854,7 +804,7 @@ def open_run_folder(args, record):
             print(f"{record['script']} was edited since the run began")
     with or_fail(f"--run-dir {args.run_dir} can't be used"):
         run_dir.mkdir(parents=True, exist_ok=True)
-    write_file(run_dir / "args.json", json.dumps(record, indent=1).encode())
+    write_file(f"{run_dir}/args.json", json.dumps(record, indent=1).encode())
     return run_dir
 
 
@@ -878,35 +828,27 @@ def jit_over_seeds(function, num_seeds):
     return jax.jit(for_all, donate_argnums=0)
 
 
-def log_metrics(args, log, metrics, step, updates_per_second):
-    """A row of metrics.csv for each seed; metrics {name: (seeds,)}."""
-    rows = []
-    for i in range(args.num_seeds):
-        row = {"step": step, "seed": args.seed + i, **of_seed(metrics, i)}
-        rows.append({**row, "updates_per_second": round(updates_per_second, 2)})
-    log.append("metrics", rows)
-
-
 def check_finite(args, metrics, step):
     """Names the seeds whose metrics are not finite; exits if there is no other."""
     finite = np.isfinite(list(metrics.values())).all(axis=0)  # (seeds,)
-    lost = [args.seed + int(i) for i in np.flatnonzero(~finite)]
+    lost = args.seed + np.flatnonzero(~finite)
     if len(lost) == args.num_seeds:
         fail(f"the loss of seed {lost} is not finite at step {step}: lower --learning-rate")
-    if lost and step % args.log_every == 0:
+    if len(lost) > 0 and step % args.log_every == 0:
         tqdm.write(f"the loss of seed {lost} is not finite at step {step}; to go on, do nothing")
 
 
-def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
+def train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir):
     """The offline phase: the states at its end, or where a stop was asked for; saved."""
     # The number of updates is traced, so that one program serves all.
     train = jit_over_seeds(partial(train_steps, args, networks), args.num_seeds)
     step = int(states.step[0])
+    bar = tqdm(total=args.offline_steps, initial=step, unit=" updates", disable=None)
     saved_at = time.monotonic()
     while not stop_signals:
-        if log.evaluation_is_due(step, args.eval_every, args.offline_steps):
-            save_checkpoint(log.run_dir, states)  # an evaluation may be long, and be killed
-            score(args, act, envs, states, step, "offline", log)
+        if evaluation_is_due(step, args.eval_every, args.offline_steps):
+            save_checkpoint(run_dir, states)  # an evaluation may be long, and be killed
+            bar.set_description(score(args, act, envs, states, step, "offline", run_dir))
             continue
         if step >= args.offline_steps:
             break
@@ -917,20 +859,22 @@ def train_offline(args, networks, states, env, paths, dataset, act, envs, log):
         started = time.perf_counter()
         states, metrics = train(states, dataset, num_updates)
         metrics = jax.device_get(metrics)  # {name: (seeds,)}; waits for the device
-        updates_per_second = num_updates / max(time.perf_counter() - started, 1e-3)
+        seconds = max(time.perf_counter() - started, 1e-3)
         step += num_updates
-        log.bar.update(num_updates)
+        bar.update(num_updates)
         check_finite(args, metrics, step)
 
         if step % args.log_every == 0:
-            log_metrics(args, log, metrics, step, updates_per_second)
+            metrics["updates_per_second"] = np.full(args.num_seeds, round(num_updates / seconds, 2))
+            rows = [of_seed(metrics, i) for i in range(args.num_seeds)]
+            log_rows(args, run_dir, "metrics", step, rows)
         if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
-            save_checkpoint(log.run_dir, states)
+            save_checkpoint(run_dir, states)
             saved_at = time.monotonic()
         if step % args.dataset_replace_every == 0 and len(paths) > 1:
-            save_checkpoint(log.run_dir, states)  # the next shard may be damaged
+            save_checkpoint(run_dir, states)  # the next shard may be damaged
             dataset = load_shard(args, paths, step, env)
-    save_checkpoint(log.run_dir, states)
+    save_checkpoint(run_dir, states)
     return states
 
 
@@ -947,31 +891,35 @@ def main(args):
     if args.resume:
         states = restore(states, load_checkpoint(args.resume))
     step = int(states.step[0])
-    paths = find_dataset(args)
+    source, paths = find_dataset(args)
     dataset = load_shard(args, paths, step, env)
 
-    record = describe_run(args, paths, dataset)
+    record = describe_run(args, source, paths, dataset)
     run_dir = open_run_folder(args, record)
     folder = shlex.quote(str(run_dir).removeprefix(os.getcwd() + os.sep))
     print(f"data: {record['data']['words']}\ndevice: {record['device']}\nrun folder: {folder}")
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # Windows has no SIGUSR1
-        if hasattr(signal, name):
-            # A handler raises nothing: where it is called, nobody may be there to catch it.
-            signal.signal(getattr(signal, name), lambda number, _: stop_signals.append(number))
+    # Windows has no SIGUSR1. A handler raises nothing: where it is called, nobody may catch it.
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, lambda number, _: stop_signals.append(number))
+    if args.track:
+        import wandb
 
-    log = RunLog(args, run_dir, step, args.offline_steps)
+        # The same id makes one curve of a run, however often it is resumed.
+        run = {"project": args.wandb_project, "id": run_dir.name, "resume": "allow"}
+        wandb.init(**run, dir=run_dir, config=vars(args))
+
+    read_tables(run_dir, step)
     try:
-        if step < args.offline_steps or log.evaluation_is_due(step, args.eval_every, step):
-            begins = f"going on at step {step}" if args.resume else "starting"
-            tqdm.write(f"{begins}: compiling (about 20 s)")
+        if step < args.offline_steps or evaluation_is_due(step, args.eval_every, step):
+            begins = "going on" if args.resume else "beginning"
+            tqdm.write(f"{begins} at step {step}: compiling (about 20 s)")
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
-            train_offline(args, networks, states, env, paths, dataset, act, envs, log)
+            train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir)
     except (EOFError, ConnectionError) as error:
         if not stop_signals:  # a batch system stops all processes at once
             words = f"an evaluation process has died (try --eval-envs 1) or a reader: {error!r}"
             sys.exit(f"error: {words}; {how_to_resume(run_dir)}")
-    log.bar.close()
     if stop_signals:
         print(f"stopped and saved; {how_to_resume(run_dir)}")
         sys.exit(128 + stop_signals[0])

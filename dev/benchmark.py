@@ -430,7 +430,8 @@ def measure(options, script, args) -> dict:
     networks = script.make_networks(args, *dims)
     data = random_dataset(script, dims, options.transitions)
     if args.dataset_dir is not None:
-        data = script.load_dataset(args, script.find_dataset(args)[0], env)
+        _, paths = script.find_dataset(args)
+        data = script.load_dataset(args, paths[0], env)
     updates = Updates(script, args, networks, dims, jax.device_put(data))
     figures = describe(options, args)
     figures.update(measure_updates(options, args, updates, warnings))

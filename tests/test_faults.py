@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from refusals import refusal
 from stopping import assert_same_rows, assert_same_states
 
 import qam_offline as qam
+from tools import collect_dataset
 
 SCRIPT = "qam_offline.py"
 TASK = f"{DOMAIN}-task4"
@@ -239,7 +241,7 @@ class TestWhileARunGoesOn:
         for row in rows:
             assert f"\nstep {row['step']} seed 1 adjoint_loss" in printed
         for row in evals:
-            assert f"\nstep {row['step']} seed 1 phase offline success_rate" in printed
+            assert f"\nstep {row['step']} seed 1 success_rate" in printed
         assert max(map(len, printed.splitlines())) <= 110 + len(str(folder))
         assert "\r" not in printed
         assert errors_of(run_dir).read_bytes() == b""
@@ -383,13 +385,40 @@ def server(dataset_dir, tmp_path, monkeypatch):
 
 
 def test_download(server, tmp_path):
-    """Only the file that training needs is asked for."""
-    (path,) = qam.find_dataset(qam.Args(env_id=TASK))
-    assert path == tmp_path / f".ogbench/data/{DOMAIN}-v0.npz"
-    assert path.read_bytes() == server.content
-    assert server.asked == [f"/{DOMAIN}-v0.npz"]
-    assert qam.find_dataset(qam.Args(env_id=TASK)) == [path]
-    assert len(server.asked) == 1
+    """Only the file that training needs is asked for, and once."""
+    path = tmp_path / f".ogbench/data/{DOMAIN}-v0.npz"
+    for _ in range(2):
+        assert collect_dataset.is_official_there(DOMAIN)
+        assert path.read_bytes() == server.content
+        assert server.asked == [f"/{DOMAIN}-v0.npz"]
+    assert qam.find_dataset(qam.Args(env_id=TASK)) == ("official", [path])
+
+
+def test_what_is_missing_is_got_by_a_program(dataset_dir, tmp_path, monkeypatch):
+    """It is looked for beside the script and one folder above, and not without need."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    collected = tmp_path / f".ogbench/collected/{DOMAIN}-v0.npz"
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "baselines").mkdir()
+    told = tmp_path / "told.txt"
+    program = f"""
+        import pathlib, shutil, sys
+        pathlib.Path({str(told)!r}).open("a").write(" ".join(sys.argv[1:]))
+        pathlib.Path({str(collected.parent)!r}).mkdir(parents=True)
+        shutil.copy({str(dataset_dir / f"{DOMAIN}-v0.npz")!r}, {str(collected)!r})
+    """
+    (tmp_path / "tools/collect_dataset.py").write_text(textwrap.dedent(program))
+    monkeypatch.setattr(qam, "__file__", str(tmp_path / "baselines/script.py"))
+    for _ in range(2):
+        assert qam.find_dataset(qam.Args(env_id=TASK)) == ("collected", [collected])
+    assert told.read_text() == f"{DOMAIN}-v0 --download --episodes 100"
+
+
+def test_a_script_alone_says_where_data_go(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(qam, "__file__", str(tmp_path / "elsewhere/script.py"))
+    sentence = refusal(capsys, qam.find_dataset, qam.Args(env_id=TASK))
+    assert f"no {DOMAIN}-v0.npz: see tools/collect_dataset.py, ogbench.download_" in sentence
 
 
 @pytest.mark.parametrize(
@@ -406,7 +435,7 @@ def test_download_that_goes_wrong(answer, server, tmp_path, capsys):
     """The file never takes the dataset's name, and nothing stays of it."""
     server.answer = answer
     path = tmp_path / "data" / f"{DOMAIN}-v0.npz"
-    assert not qam.download(f"{DOMAIN}-v0", path)
+    assert not collect_dataset.download(f"{DOMAIN}-v0", path)
     captured = capsys.readouterr()
     assert f"{DOMAIN}-v0.npz can't be downloaded" in captured.out + captured.err
     assert list(path.parent.iterdir()) == []
@@ -426,7 +455,7 @@ def test_hidden_files_are_no_shards(tmp_path):
         np.savez(path, rewards=np.zeros(3))
         (tmp_path / f"._{path.name}").write_bytes(b"Mac OS X")
     args = qam.Args(env_id=TASK, dataset_dir=str(tmp_path))
-    assert qam.find_dataset(args) == shards
+    assert qam.find_dataset(args) == ("from --dataset-dir", shards)
 
 
 @pytest.mark.slow
@@ -435,7 +464,7 @@ def test_shard_that_turns_out_damaged_in_its_turn(finished_run, dataset_dir, tmp
     shards = tmp_path / "shards"
     shards.mkdir()
     arrays = dict(np.load(dataset_dir / f"{DOMAIN}-v0.npz"))
-    first, second = np.random.default_rng(1).permutation([f"{DOMAIN}-a.npz", f"{DOMAIN}-b.npz"])
+    first, second = f"{DOMAIN}-a.npz", f"{DOMAIN}-b.npz"
     np.savez(shards / first, **arrays)
     np.savez(shards / second, **{field: array[:1001] for field, array in arrays.items()})
     content = (shards / second).read_bytes()

@@ -5,12 +5,15 @@ This program runs them again, so that the same data can be had without the downl
 
     python tools/collect_dataset.py cube-double-play                   the official size
     python tools/collect_dataset.py cube-double-play --episodes 100    a small set in minutes
+    python tools/collect_dataset.py cube-double-play --download        the official file, if it can
+                                                                       be had, else as above
 
 It writes NAME.npz and NAME-val.npz with the official fields and types into ~/.ogbench/collected,
 and NAME.json: the recipe, the versions, and figures that show whether the data is sound. Every
 episode has its own seed, so the number of workers does not change the data, and an interrupted
 collection goes on where it stopped when the same command is given again. A set with fewer episodes
 gives way to one with more. Of several processes that want the same set at once, one collects it.
+A downloaded file goes into ~/.ogbench/data, where OGBench itself keeps it.
 
 Recipes: OGBench (arXiv 2410.20092), appendix on datasets. Antmaze, humanoidmaze and antsoccer data
 was made by trained experts that the package does not ship: for these only the official files serve.
@@ -24,9 +27,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
+import urllib.request
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
@@ -35,6 +41,7 @@ from typing import Annotated, TextIO
 
 import gymnasium
 import numpy as np
+import ogbench
 import tqdm
 import tyro
 from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
@@ -54,6 +61,8 @@ except ImportError:  # Windows has no such locks
 
 # Where the training scripts look.
 COLLECTED_DIR = Path("~/.ogbench/collected")
+OFFICIAL_DIR = Path("~/.ogbench/data")
+SECONDS_WITHOUT_AN_ANSWER = 20  # of the download server, then it is given up
 # Episodes of the official training sets, 1001 steps each. The official set of cube-octuple has 100M
 # steps; the size here is our choice.
 MANIPULATION_EPISODES = {
@@ -106,6 +115,8 @@ class Args:
     """folder for the files"""
     overwrite: bool = False
     """replace a finished set of the same name and at least as many episodes"""
+    download: bool = False
+    """fetch OGBench's own file into ~/.ogbench/data, and collect only if that fails"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,6 +492,45 @@ def print_report(path: Path, report: dict) -> None:
             print(f"  {key.replace('_', ' ')}: {100 * value:.1f} %")
 
 
+# -------------------------------------------------------------------------------- the official file
+
+
+def download(name: str, path: Path) -> bool:
+    """Fetch OGBench's training file NAME.npz. It takes its name only if it has arrived whole."""
+    part = Path(f"{path}.{os.getpid()}.part")
+    socket.setdefaulttimeout(SECONDS_WITHOUT_AN_ANSWER)
+    bar = tqdm.tqdm(desc=f"downloading {name}.npz", unit="B", unit_scale=True)
+
+    def show(blocks: int, block_size: int, size: int) -> None:
+        bar.total = size
+        bar.update(blocks * block_size - bar.n)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        urllib.request.urlretrieve(f"{ogbench.utils.DATASET_URL}/{name}.npz", part, show)
+        zipfile.ZipFile(part).close()  # a page that asks for a password is no zip file
+        os.replace(part, path)
+    except Exception as error:  # of the network, the server, the disk or zipfile
+        part.unlink(missing_ok=True)
+        bar.write(f"{name}.npz can't be downloaded: {error!r}")
+    bar.close()
+    return path.exists()
+
+
+def is_official_there(name: str) -> bool:
+    """Is OGBench's own file where OGBench keeps it? It is downloaded if it can be."""
+    try:
+        folder = OFFICIAL_DIR.expanduser()
+    except RuntimeError:
+        fail("there is no home folder for the dataset; --out-dir names another to collect into")
+    name = f"{name.removesuffix('-v0')}-v0"
+    path = folder / f"{name}.npz"
+    there = path.exists() or download(name, path)
+    if there:
+        print(f"{path} is there")
+    return there
+
+
 # ------------------------------------------------------------------------------------------ the set
 
 
@@ -557,6 +607,8 @@ def collect_set(args: Args, recipe: Recipe, path: Path, episodes: int) -> None:
 
 
 def main(args: Args) -> None:
+    if args.download and is_official_there(args.name):
+        return
     recipe = find_recipe(args.name)
     episodes = recipe.episodes if args.episodes is None else args.episodes
     limits = (("--episodes", episodes, 1), ("--workers", args.workers, 1), ("--seed", args.seed, 0))
