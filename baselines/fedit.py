@@ -591,7 +591,7 @@ def load_dataset(args, path, env):
 
 
 def load_shard(args, paths, step, env):
-    """The shard whose turn it is at a step, on the device."""
+    """The shard whose turn it is at a step, on the device. Choice: by the order of their names."""
     turn = step // args.dataset_replace_every % len(paths)
     return jax.device_put(load_dataset(args, paths[turn], env))
 
