@@ -39,7 +39,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -153,13 +152,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, observations, actions):
-        ensemble = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},  # every parameter has a leading axis K
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=self.num_critics,
-        )
+        # Each parameter has a leading axis K, of starts of their own; the input is one for all.
+        ensemble = nn.vmap(MLP, {"params": 0}, {"params": True}, None, axis_size=self.num_critics)
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
         nn.share_scope(self, mlp)  # as above
         q = mlp(jnp.concatenate([observations, actions], axis=-1))  # (K, ..., 1)
@@ -197,13 +191,10 @@ def make_networks(args, observation_dim, action_dim):
 def sample_ode(velocity, x0, num_steps):
     """Equation (3), not clipped: noise x0 (..., D) -> action chunks (..., D)."""
     h = 1 / num_steps
-
-    def step(x, t):
-        t = jnp.full_like(x[..., :1], t)  # (..., 1)
-        return x + h * velocity(x, t), None
-
-    # Unrolled, up to 10 steps are one piece of work to XLA: see docs/performance.md.
-    x, _ = jax.lax.scan(step, x0, jnp.arange(num_steps) * h, unroll=10)
+    x = x0
+    for i in range(num_steps):
+        t = jnp.full_like(x[..., :1], i * h)  # (..., 1)
+        x = x + h * velocity(x, t)
     return x
 
 
@@ -255,11 +246,10 @@ def gather_chunks(dataset, indices, horizon, discount):
     ends = dataset.terminals[steps]
     inside = (jnp.cumsum(ends, axis=1) - ends) == 0  # (B, H) no episode has ended before that step
     last = indices + inside.sum(axis=1) - 1  # (B,) the last step inside
-    discounts = discount ** jnp.arange(horizon)
     return Batch(
         observations=dataset.observations[indices],
         actions=dataset.actions[steps].reshape(len(indices), -1),  # beyond the end, too
-        rewards=jnp.sum(discounts * dataset.rewards[steps] * inside, axis=1),
+        rewards=(discount ** jnp.arange(horizon) * dataset.rewards[steps] * inside).sum(axis=1),
         masks=jnp.where(inside, dataset.masks[steps], 1.0).min(axis=1),
         valid=inside[:, -1].astype(jnp.float32),
         next_observations=dataset.next_observations[last],
@@ -268,8 +258,7 @@ def gather_chunks(dataset, indices, horizon, discount):
 
 def td_target(rewards, masks, next_q, discount_h, rho):
     """Equation (1): rewards (B,), masks (B,), next_q (K, B) -> y (B,)."""
-    pessimistic = next_q.mean(axis=0) - rho * next_q.std(axis=0)
-    return rewards + discount_h * masks * pessimistic
+    return rewards + discount_h * masks * (next_q.mean(axis=0) - rho * next_q.std(axis=0))
 
 
 def critic_loss(args, networks, params, target_params, batch, key):
@@ -277,10 +266,9 @@ def critic_loss(args, networks, params, target_params, batch, key):
     noise = jax.random.normal(key, batch.actions.shape)
     acting = {**params, "target": target_params}  # QAM acts by params; other methods by targets
     # As in the paper, a' is one draw, whatever best_of_n is.
-    next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)
-    next_actions = jax.lax.stop_gradient(next_actions)  # a' (B, D)
+    next_actions = policy_actions(args, networks, acting, batch.next_observations, noise)  # a'
     target_q = partial(networks.critic.apply, {"params": target_params["critic"]})
-    next_q = target_q(batch.next_observations, next_actions)  # (K, B)
+    next_q = target_q(batch.next_observations, jax.lax.stop_gradient(next_actions))  # (K, B)
     y = td_target(batch.rewards, batch.masks, next_q, args.discount**args.horizon, args.rho)
     q = networks.critic.apply({"params": params["critic"]}, batch.observations, batch.actions)
     # `valid` leaves out chunks that run over the end of an episode. The mean divides by K B, not by
@@ -351,7 +339,7 @@ def init_state(args, networks, observation_dim, action_dim, key):
     copied = {"critic": params["critic"]}
     target_params = jax.tree.map(jnp.copy, copied)
     opt_state = make_optimizer(args).init(params)
-    return TrainState(params, target_params, opt_state, jnp.zeros((), jnp.int32), key)
+    return TrainState(params, target_params, opt_state, jnp.int32(0), key)
 
 
 def update(args, networks, state, batch, key):
@@ -438,8 +426,7 @@ def resolve_args(args):
     values["eval_every"] = max(1, args.offline_steps // 20)
     values["log_every"] = max(1, args.offline_steps // 200)
     for name, value in vars(args).items():
-        if value is None:
-            value = values.get(name)
+        value = values.get(name) if value is None else value
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
@@ -469,18 +456,16 @@ def parse_env_id(env_id):
 
 def make_env(args):
     """The environment: observations (O,), actions (A,) in [-1, 1]."""
-    _, environment_id, _ = parse_env_id(args.env_id)
     warnings.simplefilter("ignore")  # of missing displays and rounded bounds, in each process
     sys.path.append(os.getcwd())  # where the module of my_module:MyEnv-v0 may be
     with or_fail(f"--env-id {args.env_id} (OGBench has scene-play, scene-play-task1, ..)"):
-        env = gymnasium.make(environment_id)
+        env = gymnasium.make(parse_env_id(args.env_id)[1])
         # OGBench makes a fresh, unseeded Box at every access: one is pinned, so that seeding works.
         type(env.unwrapped).action_space = env.action_space
         if isinstance(env.observation_space, gymnasium.spaces.Dict):
             env = gymnasium.wrappers.FlattenObservation(env)
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        if len(env.observation_space.shape) != 1 or not env.env.action_space.is_bounded():
-            raise ValueError("observations must be vectors, actions bounded")
+        env = gymnasium.wrappers.RescaleAction(env, -1, 1)
+        require(len(env.observation_space.shape) == 1, "observations must be vectors")
     return env
 
 
@@ -492,23 +477,19 @@ def find_dataset(args):
         paths = sorted(folder.glob(f"{domain}[!.]*.npz"))  # no hidden files
         shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
-            names = [path.name for path in folder.glob("*")]
-            fail(f"--dataset-dir {folder} has no {domain}*.npz, but {names}")
+            fail(f"--dataset-dir has no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
         return "from --dataset-dir", [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
 
-    home = os.path.expanduser("~/.ogbench")
-    official = Path(f"{home}/data/{name}.npz")
-    collected = Path(f"{home}/collected/{name}.npz")
-    if not official.exists() and not collected.exists():
-        for folder in Path(__file__).resolve().parents[:2]:
-            for tool in folder.glob("tools/collect_dataset.py"):
-                subprocess.run([sys.executable, tool, name, "--download", "--episodes", "100"])
-    if official.exists():
-        return "official", [official]
-    if collected.exists():
-        return "collected", [collected]
+    for source, folder in (("official", "data"), ("collected", "collected")):
+        path = Path(f"~/.ogbench/{folder}/{name}.npz").expanduser()
+        if path.exists():
+            return source, [path]
+    for folder in Path(__file__).resolve().parents[:2]:
+        for tool in folder.glob("tools/collect_dataset.py"):
+            if subprocess.call([sys.executable, tool, name, "--download"]) == 0:
+                return find_dataset(args)
     fail(f"no {name}.npz: see tools/collect_dataset.py, ogbench.download_datasets, --dataset-dir")
 
 
@@ -522,24 +503,21 @@ def load_dataset(args, path, env):
         if "rewards" not in data and parse_env_id(args.env_id)[0]:
             data = ogbench.load_dataset(str(path), add_info=True)
             ogbench.relabel_utils.relabel_dataset(args.env_id, env, data)
-        if "timeouts" in data:  # ends that some sets do not count among the terminals
-            data = {**data, "terminals": np.logical_or(data["terminals"], data["timeouts"])}
+        require("timeouts" not in data, "an end in timeouts is not read: it belongs to terminals")
         data = Dataset(*(np.asarray(data[name], np.float32) for name in Dataset._fields))
         rows = len(data.actions)
         observation = env.observation_space.shape
         shapes = (observation, env.action_space.shape, (), (), (), observation)
         for name, array, shape in zip(Dataset._fields, data, shapes, strict=True):
-            if array.shape != (rows, *shape) or not np.isfinite(array).all():
-                raise ValueError(f"{name}, {array.shape}, must be {(rows, *shape)} and finite")
-        if rows < args.horizon or data.terminals[-1] != 1:
-            raise ValueError("terminals is not 1 in the last row, or has fewer rows than --horizon")
-        size = np.abs(data.actions)
-        if size.max() > 1 + 1e-3:
-            raise ValueError(f"actions: {np.mean(size > 1):.1%} are beyond 1, up to {size.max():g}")
-    if args.sparse:
-        data = data._replace(rewards=-np.float32(data.rewards != 0))
+            require(array.shape == (rows, *shape), f"{name} is {array.shape}, not {(rows, *shape)}")
+            require(np.isfinite(array).all(), f"{name} is not finite")
+        require(rows >= args.horizon, f"fewer rows than --horizon {args.horizon}")
+        require(data.terminals[-1] == 1, "terminals is not 1 in the last row")
+        beyond = np.abs(data.actions) > 1.001
+        require(not beyond.any(), f"{beyond.mean():.1%} of the numbers in actions are beyond 1")
+    rewards = -np.float32(data.rewards != 0) if args.sparse else data.rewards
     # As in the paper's code. Some methods invert a tanh here.
-    return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5))
+    return data._replace(actions=np.clip(data.actions, -1 + 1e-5, 1 - 1e-5), rewards=rewards)
 
 
 def load_shard(args, paths, step, env):
@@ -553,11 +531,6 @@ def load_shard(args, paths, step, env):
 
 class ChunkedEpisode(gymnasium.Wrapper):
     """An environment whose step executes a chunk, or nothing once the episode has ended."""
-
-    def __init__(self, args):
-        super().__init__(make_env(args))
-        if multiprocessing.parent_process():  # Ctrl-C in a terminal is for the main process alone
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def reset(self, *, seed, options=None):
         # The episode depends on its seed alone: OGBench's resets draw from these two as well.
@@ -581,10 +554,9 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 def start_eval_envs(args):
     """The processes that play the evaluation's episodes."""
-    envs = [partial(ChunkedEpisode, args)] * min(args.eval_envs, args.eval_episodes)
-    autoreset = gymnasium.vector.AutoresetMode.DISABLED
+    envs = [lambda: ChunkedEpisode(make_env(args))] * min(args.eval_envs, args.eval_episodes)
     # Spawned: a forked process would hold locks of JAX's threads.
-    return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode=autoreset)
+    return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode="Disabled")
 
 
 def evaluate(args, act, params, envs, key):
@@ -594,6 +566,7 @@ def evaluate(args, act, params, envs, key):
     a noise for each: with another shape the noise would be another, and products would round in
     another way. So the score does not depend on E.
     """
+    started = time.perf_counter()
     results = np.zeros((args.eval_episodes, 3))  # success, return, length
     observations = np.zeros((args.eval_episodes, *envs.single_observation_space.shape))
     for first in range(0, args.eval_episodes, envs.num_envs):
@@ -609,20 +582,18 @@ def evaluate(args, act, params, envs, key):
             results[rows] = info["scores"]
             chunk += 1
     success, total, length = results.mean(axis=0)
-    return {"success_rate": success, "return": total, "length": length, "episodes": len(results)}
+    scores = {"success_rate": success, "return": total, "length": length, "episodes": len(results)}
+    return {**scores, "wall_seconds": round(time.perf_counter() - started, 1)}
 
 
 def score(args, act, envs, states, step, phase, run_dir):
     """Evaluate each seed: rows of eval.csv, unless a stop comes. Returns words for the bar."""
     rows = []
     for i in range(args.num_seeds):
-        started = time.perf_counter()
         state = of_seed(states, i)
         params = {**state.params, "target": state.target_params}
         key = jax.random.fold_in(state.key, 2**31 - 1)  # no update has this number
-        row = {"phase": phase, **evaluate(args, act, params, envs, key)}
-        row["wall_seconds"] = round(time.perf_counter() - started, 1)
-        rows.append(row)
+        rows.append({"phase": phase, **evaluate(args, act, params, envs, key)})
     if stop_signals:
         return "stopped"
     log_rows(args, run_dir, "eval", step, rows)
@@ -641,6 +612,12 @@ def fail(message):
     sys.exit(2)
 
 
+def require(condition, message):
+    """For a block of or_fail, which tells where the message belongs to."""
+    if not condition:
+        raise ValueError(message)
+
+
 @contextmanager
 def or_fail(words):
     """`with or_fail(words):` what goes wrong in the block is told in one sentence, by fail."""
@@ -651,8 +628,8 @@ def or_fail(words):
 
 
 def how_to_resume(run_dir):
-    launcher = ["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else ["python"]
-    return "to go on: " + shlex.join([*launcher, sys.argv[0], "--resume", str(run_dir)])
+    launcher = "uv run" if "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
+    return f"to go on: {launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run_dir))}"
 
 
 def write_file(path, content):
@@ -673,12 +650,6 @@ def load_checkpoint(run_dir):
     path = Path(f"{run_dir}/checkpoint.msgpack")
     with or_fail(f"{path} is not there yet, or damaged: start the run anew"):
         return flax.serialization.msgpack_restore(path.read_bytes())
-
-
-def restore(states, checkpoint):
-    """The states of a checkpoint, in the form of `states`. Keys are kept as numbers."""
-    states = flax.serialization.from_state_dict(states, checkpoint["states"])
-    return states._replace(key=jax.random.wrap_key_data(states.key, impl="threefry2x32"))
 
 
 def read_tables(run_dir, step):
@@ -702,8 +673,7 @@ def log_rows(args, run_dir, name, step, rows):
 
             wandb.log({f"{name}/{seed}": tables[name][-1]}, step=step)
     text = io.StringIO()
-    columns = tables[name][-1]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, tables[name][-1], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(tables[name])
     write_file(f"{run_dir}/{name}.csv", text.getvalue().encode())
@@ -719,8 +689,7 @@ def read_run(run_dir):
     """A run's args.json, and its Args."""
     with or_fail(f"{run_dir} is no run of {Path(__file__).name}, by its args.json"):
         record = json.loads(Path(f"{run_dir}/args.json").read_text())
-        if Path(record["script"]).name != Path(__file__).name:
-            raise ValueError(f"it is one of another script, {record['script']}")
+        require(Path(record["script"]).name == Path(__file__).name, record["script"])
         # What is new in the script has its default.
         values = {name: record[name] for name in vars(Args()) if name in record}
         values["hidden_dims"] = tuple(values["hidden_dims"])
@@ -740,47 +709,40 @@ def parse_args():
     return args
 
 
-def describe_run(args, source, paths, dataset):
-    """What args.json holds."""
-    packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
-    settings = ("jax_enable_x64", "jax_default_matmul_precision")
-    return {
-        **vars(args),
-        "script": os.path.abspath(__file__),
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "data": {
-            "words": f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}",
-            "path": [str(path) for path in paths],
-            "crcs": [read_crcs(path) for path in paths],
-            "transitions": len(dataset.rewards),
-        },
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in packages},
-        "jax_settings": {name: getattr(jax.config, name) for name in settings},
-    }
-
-
 def read_crcs(path):
     """Of a file's arrays, as they stand in the zip's directory: by them data is known."""
     with or_fail(f"{path} can't be used"):
         return [array.CRC for array in np.load(path).zip.infolist()]
 
 
-def open_run_folder(args, record):
-    """The run's folder, made or found; a resumed run goes on with the same data."""
+def open_run_folder(args, source, paths, dataset):
+    """(the run's folder, what its args.json holds); a resumed run goes on with the same data."""
+    packages = ("jax", "flax", "optax", "gymnasium", "ogbench", "mujoco")
+    settings = ("jax_enable_x64", "jax_default_matmul_precision")
+    words = f"{source}, {int(dataset.terminals.sum())} episodes in {paths[0].name}"
+    crcs = [read_crcs(path) for path in paths]
+    record = {
+        **vars(args),
+        "script": os.path.abspath(__file__),
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "data": {"words": words, "path": paths, "crcs": crcs, "transitions": len(dataset.rewards)},
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in packages},
+        "jax_settings": {name: getattr(jax.config, name) for name in settings},
+    }
     name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{Path(__file__).stem}__{args.seed}")
     run_dir = Path(f"{args.run_dir}/{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if args.resume:
         run_dir = Path(args.resume)
         before, _ = read_run(run_dir)
-        if record["data"]["crcs"] != before["data"]["crcs"]:
-            fail(f"the run's data is {before['data']['path'][0]}, not {record['data']['path'][0]}")
+        if crcs != before["data"]["crcs"]:
+            fail(f"the run's data is {before['data']['path'][0]}, not {paths[0]}")
         if record["script_sha256"] != before["script_sha256"]:
             print(f"{record['script']} was edited since the run began")
     with or_fail(f"--run-dir {args.run_dir} can't be used"):
         run_dir.mkdir(parents=True, exist_ok=True)
-    write_file(f"{run_dir}/args.json", json.dumps(record, indent=1).encode())
-    return run_dir
+    write_file(f"{run_dir}/args.json", json.dumps(record, indent=1, default=str).encode())
+    return run_dir, record
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -795,10 +757,9 @@ def jit_over_seeds(function, num_seeds):
     """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
 
     def for_all(states, *rest):
-        if num_seeds > 1:
-            return jax.vmap(lambda state: function(state, *rest))(states)
-        # One seed alone is a fifth faster without vmap.
-        return jax.tree.map(lambda x: x[None], function(of_seed(states, 0), *rest))
+        # As one batch, which is vmap. One seed alone is a fifth faster without it.
+        batch_size = num_seeds if num_seeds > 1 else None
+        return jax.lax.map(lambda state: function(state, *rest), states, batch_size=batch_size)
 
     return jax.jit(for_all, donate_argnums=0)
 
@@ -806,11 +767,10 @@ def jit_over_seeds(function, num_seeds):
 def check_finite(args, metrics, step):
     """Names the seeds whose metrics are not finite; exits if there is no other."""
     finite = np.isfinite(list(metrics.values())).all(axis=0)  # (seeds,)
-    lost = args.seed + np.flatnonzero(~finite)
-    if len(lost) == args.num_seeds:
-        fail(f"the loss of seed {lost} is not finite at step {step}: lower --learning-rate")
-    if len(lost) > 0 and step % args.log_every == 0:
-        tqdm.write(f"the loss of seed {lost} is not finite at step {step}; to go on, do nothing")
+    if not finite.any():
+        fail(f"the loss is not finite at step {step}: lower --learning-rate")
+    if not finite.all() and step % args.log_every == 0:
+        tqdm.write(f"not finite: seed {args.seed + np.flatnonzero(~finite)}; the others go on")
 
 
 def train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir):
@@ -840,7 +800,7 @@ def train_offline(args, networks, states, env, paths, dataset, act, envs, run_di
         check_finite(args, metrics, step)
 
         if step % args.log_every == 0:
-            metrics["updates_per_second"] = np.full(args.num_seeds, round(num_updates / seconds, 2))
+            metrics["updates_per_second"] = np.full(args.num_seeds, num_updates / seconds)
             rows = [of_seed(metrics, i) for i in range(args.num_seeds)]
             log_rows(args, run_dir, "metrics", step, rows)
         if time.monotonic() - saved_at >= 60 * args.checkpoint_minutes:
@@ -864,13 +824,14 @@ def main(args):
     keys = jax.vmap(new_key)(args.seed + np.arange(args.num_seeds))
     states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
     if args.resume:
-        states = restore(states, load_checkpoint(args.resume))
+        saved = load_checkpoint(args.resume)["states"]
+        # All but the key, which follows from the seed.
+        states = flax.serialization.from_state_dict(states, saved)._replace(key=states.key)
     step = int(states.step[0])
     source, paths = find_dataset(args)
     dataset = load_shard(args, paths, step, env)
 
-    record = describe_run(args, source, paths, dataset)
-    run_dir = open_run_folder(args, record)
+    run_dir, record = open_run_folder(args, source, paths, dataset)
     folder = shlex.quote(str(run_dir).removeprefix(os.getcwd() + os.sep))
     print(f"data: {record['data']['words']}\ndevice: {record['device']}\nrun folder: {folder}")
     # Windows has no SIGUSR1. A handler raises nothing: where it is called, nobody may catch it.
@@ -891,10 +852,10 @@ def main(args):
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
             train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir)
-    except (EOFError, ConnectionError) as error:
-        if not stop_signals:  # a batch system stops all processes at once
-            words = f"an evaluation process has died (try --eval-envs 1) or a reader: {error!r}"
-            sys.exit(f"error: {words}; {how_to_resume(run_dir)}")
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        if not stop_signals:  # a terminal or batch system stops all processes at once
+            words = "error: an evaluation process died (try --eval-envs 1), or a reader of this"
+            sys.exit(f"{words}; {how_to_resume(run_dir)}")
     if stop_signals:
         print(f"stopped and saved; {how_to_resume(run_dir)}")
         sys.exit(128 + stop_signals[0])

@@ -54,7 +54,7 @@ CHANGES = {
     ),
     "last_step_by_policy": Change(
         QAM,
-        {"x_last = x + h * base_velocity(": "x_last = x + h * velocity("},
+        {"xs.append(xs[-1] + h * base_velocity(": "xs.append(xs[-1] + h * velocity("},
         True,
     ),
     "no_copy_of_behavior": Change(

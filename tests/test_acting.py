@@ -28,7 +28,7 @@ WITHOUT_FLOW = ("qam_diffusion_variant", "fql", "rebrac")
 
 @pytest.fixture(scope="module")
 def env():
-    return qam.ChunkedEpisode(qam.Args(env_id=DOMAIN))
+    return qam.ChunkedEpisode(qam.make_env(qam.Args(env_id=DOMAIN)))
 
 
 def fresh_run(script, env, **changes):

@@ -411,7 +411,7 @@ def test_what_is_missing_is_got_by_a_program(dataset_dir, tmp_path, monkeypatch)
     monkeypatch.setattr(qam, "__file__", str(tmp_path / "baselines/script.py"))
     for _ in range(2):
         assert qam.find_dataset(qam.Args(env_id=TASK)) == ("collected", [collected])
-    assert told.read_text() == f"{DOMAIN}-v0 --download --episodes 100"
+    assert told.read_text() == f"{DOMAIN}-v0 --download"
 
 
 def test_a_script_alone_says_where_data_go(tmp_path, monkeypatch, capsys):

@@ -844,7 +844,7 @@ def test_rql_acts_by_the_slow_copy_in_evaluations_and_by_the_policy_online():
         return np.zeros((1, 2000))
 
     envs = gymnasium.vector.SyncVectorEnv(
-        [partial(online.ChunkedEpisode, args)],
+        [lambda: online.ChunkedEpisode(online.make_env(args))],
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
     )
     params = {**state.params, "target": state.target_params}

@@ -184,7 +184,7 @@ def path_of(dataset_dir, tmp_path_factory):
 def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, sparse, path_of):
     """The same states, through load_dataset and through the environment."""
     args = qam.Args(env_id=env_id, horizon=1, sparse=sparse)
-    env = qam.ChunkedEpisode(args)
+    env = qam.ChunkedEpisode(qam.make_env(args))
     path = path_of(args)
     data = dict(np.load(path))
     dataset = qam.load_dataset(args, path, qam.make_env(args))
@@ -204,7 +204,7 @@ def test_online_rewards_and_masks_are_those_of_the_relabelled_data(env_id, spars
 
 def test_time_limit_ends_the_chunk_and_keeps_the_bootstrap():
     args = qam.Args(env_id=TASK, horizon=4)
-    env = qam.ChunkedEpisode(args)
+    env = qam.ChunkedEpisode(qam.make_env(args))
     observation, _ = env.reset(seed=0)
     for _ in range(333):
         rows, ended = qam.play(args, env, observation, np.zeros((3, 2)))

@@ -40,10 +40,12 @@ MOST_DIFFERENT_LINES = {
     "baselines/qgf.py": 167,
 }
 
-MOST_TOKENS_A_LINE = 11
-MOST_TOKENS = {"qam_offline.py": 7500}
+MOST_CODE_LINES = {"qam_offline.py": 600, "qam_offline_to_online.py": 760}
+MOST_TOKENS = {"qam_offline.py": 6600}
+MOST_TOKENS_A_LINE = {"qam_offline.py": 11.0}
+MOST_TOKENS_A_LINE_ELSEWHERE = 11.2  # what the methods add is mostly equations
 MOST_LINES_OF_A_FUNCTION = 50
-LONG_FUNCTIONS = {"main": 90, "train_offline": 90, "train_online": 90}
+LAST_LINE_OF_THE_ALGORITHM = 470
 MOST_CLEVER_FORMS = {
     "walrus": 2,
     "tuple assignment": 6,
@@ -296,11 +298,13 @@ def test_script_is_plain(path):
     faults = []
     tokens = code_tokens(SCRIPTS[path])
     code_lines = {token.start[0] for token in tokens}
+    if len(code_lines) > MOST_CODE_LINES.get(path, float("inf")):
+        faults.append(f"{len(code_lines)} lines of code")
     if len(tokens) > MOST_TOKENS.get(path, float("inf")):
         faults.append(f"{len(tokens)} tokens")
     # As it is said to readers: to one decimal.
     tokens_a_line = round(len(tokens) / len(code_lines), 1)
-    if tokens_a_line > MOST_TOKENS_A_LINE:
+    if tokens_a_line > MOST_TOKENS_A_LINE.get(path, MOST_TOKENS_A_LINE_ELSEWHERE):
         faults.append(f"{tokens_a_line} tokens a code line")
 
     forms = [clever_form(node) for node in set(ast.walk(tree)) - annotations(tree)]
@@ -311,9 +315,15 @@ def test_script_is_plain(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
-            if length > LONG_FUNCTIONS.get(node.name, MOST_LINES_OF_A_FUNCTION):
+            if length > MOST_LINES_OF_A_FUNCTION:
                 faults.append(f"{node.name}: {length} lines")
     assert not faults, f"{path}: {', '.join(faults)}"
+
+
+def test_the_algorithm_comes_first():
+    lines = SCRIPTS["qam_offline.py"].splitlines()
+    (number,) = [i for i, line in enumerate(lines, start=1) if line.startswith("# =====")]
+    assert number < LAST_LINE_OF_THE_ALGORITHM
 
 
 def test_the_measurement_of_plainness():

@@ -6,7 +6,7 @@ This program runs them again, so that the same data can be had without the downl
     python tools/collect_dataset.py cube-double-play                   the official size
     python tools/collect_dataset.py cube-double-play --episodes 100    a small set in minutes
     python tools/collect_dataset.py cube-double-play --download        the official file, if it can
-                                                                       be had, else as above
+                                                                       be had, else 100 episodes
 
 It writes NAME.npz and NAME-val.npz with the official fields and types into ~/.ogbench/collected,
 and NAME.json: the recipe, the versions, and figures that show whether the data is sound. Every
@@ -106,7 +106,8 @@ class Args:
     name: Annotated[str, tyro.conf.Positional]
     """cube-double-play, scene-noisy, pointmaze-medium-navigate, ... (-v0 may follow)"""
     episodes: int | None = None
-    """training episodes, at least 1; validation has a tenth (None: the official number)"""
+    """training episodes, at least 1; validation has a tenth (None: the official number; with
+    --download, 100)"""
     seed: int = 0
     """seed of the whole set, 0 or more"""
     workers: int = available_cores()
@@ -610,7 +611,8 @@ def main(args: Args) -> None:
     if args.download and is_official_there(args.name):
         return
     recipe = find_recipe(args.name)
-    episodes = recipe.episodes if args.episodes is None else args.episodes
+    default = 100 if args.download else recipe.episodes  # a run that waits needs data soon
+    episodes = default if args.episodes is None else args.episodes
     limits = (("--episodes", episodes, 1), ("--workers", args.workers, 1), ("--seed", args.seed, 0))
     for flag, value, least in limits:
         if value < least:
