@@ -17,7 +17,7 @@ imitates the data, "policy" is behavior moved to where Q is high.
 (1) critic     y = R + discount^H m (mean_K Q'(s', a') - rho std_K Q'(s', a'))
                L_Q = mean (Q_k(s, a) - y)^2
 (2) behavior   x_t = (1 - t) x_0 + t a;   L_BC = mean (v_behavior(s, x_t, t) - (a - x_0))^2
-(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   acting clips x_T to [-1, 1]
+(3) sampling   x_{i+1} = x_i + h v(s, x_i, t_i),   t_i = i h;   actions are x_T clipped to [-1, 1]
 (4) rollout    x_{i+1} = x_i + h drift_policy(x_i, t_i, u_i) + sqrt(h) sigma_i noise_i,   i < T-1
                drift(x, t, u) = 2 v(s, x, t) - x / u,   sigma_i = sqrt(2 (1 - t_i + h) / u_i)
                u_i = t_i + h, the time that x is divided by (t_0 is 0);   x_T by (3) with behavior'
@@ -29,7 +29,7 @@ imitates the data, "policy" is behavior moved to where Q is high.
 Q', behavior': target copies. R: discounted reward of the chunk; s': observation after it; a': a
 chunk of the policy there, by (3); m: 0 if the chunk solves the task, else 1. (1) and (2) leave
 out chunks that run over the end of an episode; (6) needs s alone. (6) is regression: no gradient
-goes through the rollout. As h -> 0 the optimum of (6) is behavior(a|s) exp(inv_temp Q(s, a)) / Z.
+goes through the rollout. As h -> 0 the policy that minimizes (6) is behavior exp(inv_temp Q) / Z.
 
 The noise of (4) is memoryless: as h -> 0, x_T is independent of x_0. If it were not, an extra
 factor would remain in that optimum. docs/derivation.md has the proof, and how near T = 10 comes.
@@ -86,18 +86,18 @@ class Args:
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
     flow_steps: int = 10  # steps from noise to action
-    discount: float | None = None  # of an environment step: 0.99, large mazes 0.995
+    discount: float | None = None  # of an environment step: 0.99 or 0.995, by DOMAINS
     tau: float = 0.005  # target-update rate
-    rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5, humanoidmaze 0
+    rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5 or 0, likewise
     learning_rate: float = 3e-4  # of Adam
     max_grad_norm: float = 1.0  # limit on the joint gradient's norm
     best_of_n: int = 1  # chunks drawn when acting, of which the one with the highest Q is executed
-    sparse: bool | None = None  # rewards that are not 0 become -1: True for scene and puzzle
+    sparse: bool | None = None  # rewards that are not 0 become -1: for scene, puzzles
 
     inv_temp: float | None = None  # inverse temperature, weight of Q: the paper's are 1 to 30
 
-    dataset_replace_every: int = 1_000  # gradient steps on one file of a dataset in several
-    # A resumed run may change what follows: the state after n updates does not depend on it.
+    dataset_replace_every: int = 1_000  # gradient steps on each file of a dataset in several
+    # --resume may change what follows, not the above: the state after n updates depends on that.
     offline_steps: int = 1_000_000  # gradient steps
     eval_every: int | None = None  # steps between evaluations: a twentieth of all
     eval_episodes: int = 50  # episodes per evaluation
@@ -156,7 +156,7 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, observations, actions):
-        # Each parameter has a leading axis K, of starts of their own; the input is one for all.
+        # Each parameter has a leading axis K, initialized independently; the input is one for all.
         ensemble = nn.vmap(MLP, {"params": 0}, {"params": True}, None, axis_size=self.num_critics)
         mlp = ensemble(self.hidden_dims, 1, layer_norm=True)
         nn.share_scope(self, mlp)  # as above
@@ -172,7 +172,7 @@ class Networks(NamedTuple):
 
 
 def make_networks(args, observation_dim, action_dim):
-    """The modules; `action_dim` is A, of one action. (O they learn from their first input.)"""
+    """The modules; `action_dim` is A, of one action. (O is for others: flax infers it.)"""
     chunk_dim = args.horizon * action_dim
     # Modules hold no parameters, so one serves both flows.
     flow = VelocityField(args.hidden_dims, chunk_dim)
@@ -196,7 +196,7 @@ def drift(velocity, x, t, u):
 
 
 def memoryless_sigma(t, h):
-    """sigma_i of (4) at t = t_i: the memoryless sqrt(2 (1 - t) / t), with h added to both."""
+    """sigma_i of (4) at t = t_i: the memoryless sqrt(2 (1 - t) / t), h added to 1 - t and to t."""
     return jnp.sqrt(2 * (1 - t + h) / (t + h))
 
 
@@ -208,9 +208,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         t = jnp.full_like(x0[..., :1], i * h)  # (B, 1)
         mean = xs[i] + h * drift(velocity, xs[i], t, t + h)
         xs.append(mean + jnp.sqrt(h) * memoryless_sigma(t, h) * noise[i])
-    # Noise in the last step would stay in the action, so it has none. Then the policy's last step
-    # has to be behavior's, by (3): what (6) keeps small is a KL between the two flows' steps, and
-    # between two different points that is infinite.
+    # Noise in the last step would stay in the action, so it has none. (6) keeps a KL between the two
+    # flows' steps small; without noise both are points, whose KL is infinite unless they are one. So
+    # the step is behavior's, by (3).
     # Term T-1 of (6) trains the policy's velocity there all the same, since (3) uses it.
     xs.append(xs[-1] + h * base_velocity(xs[-1], jnp.full_like(x0[..., :1], 1 - h)))
     return jnp.stack(xs)
@@ -219,8 +219,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
 def lean_adjoint(base_velocity, xs, terminal_adjoint):
     """Equation (5): x_0 .. x_{T-1} (T, B, D), g at x_T (B, D) -> g_0 .. g_{T-1} (T, B, D).
 
-    g is carried back along the policy's path as if each step were one of behavior'. The full
-    adjoint has terms with d/dx (policy - behavior'), too; their mean at the optimum is 0.
+    g is carried back along the policy's path as if each step, the last too, were one of behavior'
+    by (4). The full adjoint has terms with d/dx (policy - behavior'), too; at the optimum their
+    mean is 0.
     """
     h = 1 / len(xs)
     g = terminal_adjoint
@@ -324,7 +325,8 @@ def adjoint_matching_loss(velocity, base_velocity, xs, adjoints):
     """Equation (6): x_0 .. x_{T-1}, g_0 .. g_{T-1} (T, B, D) -> scalar.
 
     Gradients reach `velocity` alone. As in the paper, term i is matched to the adjoint of x_i,
-    where step i begins, not of x_{i+1}, where it ends: as h -> 0 only the first steps differ.
+    where step i begins, not of x_{i+1}, where it ends: as h -> 0 they differ in the first steps
+    alone, where h is not small beside u_i.
     """
     h = 1 / len(xs)
     xs, adjoints = jax.lax.stop_gradient((xs, adjoints))
@@ -358,8 +360,8 @@ def policy_loss(args, networks, params, target_params, batch, q, target_q, key):
     noise = jax.random.normal(key_noise, (args.flow_steps - 1, *shape))
     xs = sample_memoryless_sde(v_policy, v_base, x0, noise)  # (T+1, B, D)
 
-    # The critic's gradient at x_T. In the sum over the batch, term b depends on action b alone,
-    # so the gradient of the sum holds the gradient of each sample: 0 in what the clip cuts off.
+    # The critic's gradient at x_T. Each value depends on its own action alone, so the gradient of
+    # the sum is that of each of them; it is 0 in coordinates beyond [-1, 1].
     def total_value(actions):
         return target_q(observations, jnp.clip(actions, -1, 1)).mean(axis=0).sum()
 
@@ -535,7 +537,7 @@ def find_dataset(args):
     domain, _, name = parse_env_id(args.env_id)
     if args.dataset_dir:
         folder = Path(args.dataset_dir)
-        paths = sorted(folder.glob(f"{domain}[!.]*.npz"))  # no hidden files
+        paths = sorted(folder.glob(f"{domain or '[!.]'}*.npz"))  # no hidden files
         shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
             fail(f"--dataset-dir has no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
@@ -616,7 +618,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
 def start_eval_envs(args):
     """The processes that play the evaluation's episodes."""
     envs = [lambda: ChunkedEpisode(make_env(args))] * min(args.eval_envs, args.eval_episodes)
-    # Spawned: a forked process would hold locks of JAX's threads.
+    # Spawned, by cloudpickle: a forked process would hold locks of JAX's threads.
     return gymnasium.vector.AsyncVectorEnv(envs, context="spawn", autoreset_mode="Disabled")
 
 
@@ -664,7 +666,7 @@ def score(args, act, envs, states, step, phase, run_dir):
 # ----------------------------------------------------------------------------------- run folder
 
 stop_signals = []  # numbers of the signals that asked the run to stop
-tables = {"metrics": [], "eval": [], "episodes": []}  # rows of the run's csv files
+tables = {"metrics": [], "eval": [], "episodes": []}  # rows of the csv files; episodes: online
 
 
 def fail(message):
@@ -674,7 +676,7 @@ def fail(message):
 
 
 def require(condition, message):
-    """For a block of or_fail, which tells where the message belongs to."""
+    """In a block of or_fail: raise what that is to tell."""
     if not condition:
         raise ValueError(message)
 
@@ -714,7 +716,7 @@ def load_checkpoint(run_dir):
 
 
 def read_tables(run_dir, step):
-    """The rows of a run at `step`. What it wrote later, before it was killed, is left out."""
+    """Fill `tables` with a run's rows up to `step`. What it wrote after that is left out."""
     for name in tables:
         path = Path(f"{run_dir}/{name}.csv")
         rows = csv.DictReader(path.open()) if path.exists() else []
@@ -726,7 +728,7 @@ def log_rows(args, run_dir, name, step, rows):
     for seed, row in enumerate(rows, start=args.seed):
         tables[name].append({"step": step, "seed": seed, **row})
         numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "phase"]
-        # But for the last: it is a time, and the bar shows the speed.
+        # But for the last, a time or a speed, which the bar shows.
         words = f"step {step} seed {seed} {' '.join(numbers[:-1])}"
         tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
         if args.track:
@@ -771,7 +773,7 @@ def parse_args():
 
 
 def read_crcs(path):
-    """Of a file's arrays, as they stand in the zip's directory: by them data is known."""
+    """The checksums of an npz file's arrays, from its directory: by them data is known."""
     with or_fail(f"{path} can't be used"):
         return [array.CRC for array in np.load(path).zip.infolist()]
 
@@ -815,7 +817,7 @@ def of_seed(tree, i):
 
 
 def jit_over_seeds(function, num_seeds):
-    """`function(state, *rest)`, compiled to take the states of all seeds: a leading axis."""
+    """`function(state, *rest)`, compiled, for states with a leading axis of seeds; donates them."""
 
     def for_all(states, *rest):
         # As one batch, which is vmap. One seed alone is a fifth faster without it.
@@ -881,7 +883,7 @@ def main(args):
     env = make_env(args)
     dims = env.observation_space.shape + env.action_space.shape  # O, A
     networks = make_networks(args, *dims)
-    new_key = partial(jax.random.key, impl="threefry2x32")  # by name: no setting of JAX's counts
+    new_key = partial(jax.random.key, impl="threefry2x32")  # by name: JAX's default may differ
     keys = jax.vmap(new_key)(args.seed + np.arange(args.num_seeds))
     states = jax.jit(jax.vmap(partial(init_state, args, networks, *dims)))(keys)
     if args.resume:
@@ -895,7 +897,7 @@ def main(args):
     run_dir, record = open_run_folder(args, source, paths, dataset)
     folder = shlex.quote(str(run_dir).removeprefix(os.getcwd() + os.sep))
     print(f"data: {record['data']['words']}\ndevice: {record['device']}\nrun folder: {folder}")
-    # Windows has no SIGUSR1. A handler raises nothing: where it is called, nobody may catch it.
+    # Windows has no SIGUSR1. The handler only notes: what it raised could come up anywhere.
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
         signal.signal(number, lambda number, _: stop_signals.append(number))
     if args.track:
@@ -914,8 +916,9 @@ def main(args):
             act = jax.jit(partial(sample_actions, args, networks))
             train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir)
     except (EOFError, ConnectionError, KeyboardInterrupt):
-        if not stop_signals:  # a terminal or batch system stops all processes at once
-            words = "error: an evaluation process died (try --eval-envs 1), or a reader of this"
+        # A terminal or a batch system stops all processes at once; Ctrl-C there is raised here.
+        if not stop_signals:
+            words = "error: an evaluation process has died (try --eval-envs 1), or a reader of this"
             sys.exit(f"{words}; {how_to_resume(run_dir)}")
     if stop_signals:
         print(f"stopped and saved; {how_to_resume(run_dir)}")
