@@ -208,9 +208,9 @@ def sample_memoryless_sde(velocity, base_velocity, x0, noise):
         t = jnp.full_like(x0[..., :1], i * h)  # (B, 1)
         mean = xs[i] + h * drift(velocity, xs[i], t, t + h)
         xs.append(mean + jnp.sqrt(h) * memoryless_sigma(t, h) * noise[i])
-    # Noise in the last step would stay in the action, so it has none. (6) keeps a KL between the two
-    # flows' steps small; without noise both are points, whose KL is infinite unless they are one. So
-    # the step is behavior's, by (3).
+    # Noise in the last step would stay in the action, so it has none. (6) keeps a KL between both
+    # flows' steps small; without noise they are points, whose KL is infinite unless they are one.
+    # So the step is behavior's, by (3).
     # Term T-1 of (6) trains the policy's velocity there all the same, since (3) uses it.
     xs.append(xs[-1] + h * base_velocity(xs[-1], jnp.full_like(x0[..., :1], 1 - h)))
     return jnp.stack(xs)
