@@ -763,7 +763,7 @@ def open_run_folder(args, source, paths, dataset):
         if crcs != before["data"]["crcs"]:
             fail(f"the run's data is {before['data']['path'][0]}, not {paths[0]}")
         if record["script_sha256"] != before["script_sha256"]:
-            print(f"{record['script']} was edited since the run began")
+            print(f"{record['script']} was edited since the run; to go on as it began, undo that")
     with or_fail(f"--run-dir {args.run_dir} can't be used"):
         run_dir.mkdir(parents=True, exist_ok=True)
     write_file(f"{run_dir}/args.json", json.dumps(record, indent=1, default=str).encode())
@@ -791,11 +791,11 @@ def jit_over_seeds(function, num_seeds):
 
 def check_finite(args, metrics, step):
     """Names the seeds whose metrics are not finite; exits if there is no other."""
-    finite = np.isfinite(list(metrics.values())).all(axis=0)  # (seeds,)
-    if not finite.any():
+    ok = np.isfinite(list(metrics.values())).all(axis=0)  # (seeds,)
+    if not ok.any():
         fail(f"the loss is not finite at step {step}: lower --learning-rate")
-    if not finite.all() and step % args.log_every == 0:
-        tqdm.write(f"not finite: seed {args.seed + np.flatnonzero(~finite)}; the others go on")
+    if not ok.all() and step % args.log_every == 0:
+        tqdm.write(f"step {step}: seed {np.flatnonzero(~ok) + args.seed} not finite; others go on")
 
 
 def train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir):

@@ -114,7 +114,7 @@ def test_an_edited_script_goes_on(finished_run, tmp_path):
     line = [sys.executable, tmp_path / SCRIPT, "--resume", folder, "--offline-steps", "80"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "was edited since the run began" in done.stdout
+    assert "was edited since the run" in done.stdout
     assert json.loads((folder / "args.json").read_text())["weight"] == 0.5
     assert column(folder, "step") == [20, 40, 60, 80]
     assert "flow_loss" not in read_rows(folder / "metrics.csv")[0]
@@ -149,7 +149,7 @@ def test_a_seed_that_is_not_finite_is_named_and_the_others_go_on(capsys):
     args = qam.Args(seed=7, num_seeds=3, log_every=10)
     losses = np.array([1.0, np.nan, 2.0])
     qam.check_finite(args, {"critic_loss": losses, "grad_norm": np.ones(3)}, 20)
-    assert capsys.readouterr().out == "not finite: seed [8]; the others go on\n"
+    assert capsys.readouterr().out == "step 20: seed [8] not finite; others go on\n"
     qam.check_finite(args, {"critic_loss": np.ones(3), "grad_norm": np.ones(3)}, 30)
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit):
