@@ -94,7 +94,7 @@ class Args:
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
-    flow_steps: int = 10  # steps from noise to action
+    flow_steps: int = 10  # steps from noise to action; with more, compiling takes longer
     discount: float | None = None  # of an environment step: 0.99 or 0.995, by DOMAINS
     tau: float = 0.005  # target-update rate
     rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5 or 0, likewise
@@ -524,8 +524,7 @@ def resolve_args(args):
     values["eval_every"] = max(1, (args.offline_steps + args.online_steps) // 30)
     values["log_every"] = max(1, (args.offline_steps + args.online_steps) // 300)
     for name, value in vars(args).items():
-        if value is None:
-            value = values.get(name)
+        value = values.get(name) if value is None else value
         if name in ("run_dir", "dataset_dir", "resume", "offline_checkpoint") and value:
             value = os.path.abspath(os.path.expanduser(value))
         setattr(args, name, value)
@@ -578,7 +577,7 @@ def find_dataset(args):
         paths = sorted(folder.glob(f"{domain or '[!.]'}*.npz"))  # no hidden files
         shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
-            fail(f"--dataset-dir has no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
+            fail(f"--dataset-dir {folder}: no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
         return "from --dataset-dir", [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
@@ -768,7 +767,7 @@ def or_fail(words):
     try:
         yield
     except Exception as error:
-        fail(f"{words}: {error!r}")
+        fail(f"{words}: {error!r:.300}")
 
 
 def how_to_resume(run_dir):
@@ -801,8 +800,9 @@ def read_tables(run_dir, step):
     """Fill `tables` with a run's rows up to `step`. What it wrote after that is left out."""
     for name in tables:
         path = Path(f"{run_dir}/{name}.csv")
-        rows = csv.DictReader(path.open()) if path.exists() else []
-        tables[name] = [row for row in rows if int(row["step"]) <= step]
+        with or_fail(f"{path} can't be read: move it away to go on without its rows"):
+            rows = csv.DictReader(path.open()) if path.exists() else []
+            tables[name] = [row for row in rows if int(row["step"]) <= step]
 
 
 def log_rows(args, run_dir, name, step, rows):
@@ -848,6 +848,8 @@ def parse_args():
     source = args.resume or args.offline_checkpoint
     if source:
         record, saved = read_run(source)
+        if args.resume and "online_steps" not in record:
+            fail(f"{source} is an offline run: give it to --offline-checkpoint")
         if not args.resume:
             for name in ("resume", "eval_every", "log_every"):  # an offline run's are for it alone
                 setattr(saved, name, None)
@@ -903,7 +905,7 @@ def open_run_folder(args, source, paths, dataset):
     if source_run:
         before, _ = read_run(source_run)
         if crcs != before["data"]["crcs"]:
-            fail(f"the run's data is {before['data']['path'][0]}, not {paths[0]}")
+            fail(f"{paths[0]} is not the run's data ({before['data']['words']}): see --dataset-dir")
     if args.resume:
         run_dir = Path(args.resume)
         if record["script_sha256"] != before["script_sha256"]:
@@ -1127,8 +1129,7 @@ def main(args):
     try:
         last = args.offline_steps + args.online_steps
         if step < last or evaluation_is_due(step, args.eval_every, last):
-            begins = "going on" if args.resume else "beginning"
-            tqdm.write(f"{begins} at step {step}: compiling (about 20 s)")
+            tqdm.write(f"training from step {step} on; compiling (about 20 s)")
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
             both = (args, networks, states, env, paths, dataset, act, envs, run_dir)

@@ -85,7 +85,7 @@ class Args:
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # width of each hidden layer
     num_critics: int = 10  # critics in the ensemble
     horizon: int | None = None  # actions in a chunk: manipulation 5, pointmaze 10, others 1
-    flow_steps: int = 10  # steps from noise to action
+    flow_steps: int = 10  # steps from noise to action; with more, compiling takes longer
     discount: float | None = None  # of an environment step: 0.99 or 0.995, by DOMAINS
     tau: float = 0.005  # target-update rate
     rho: float | None = None  # pessimism, in deviations of the ensemble: 0.5 or 0, likewise
@@ -502,7 +502,7 @@ def find_dataset(args):
         paths = sorted(folder.glob(f"{domain or '[!.]'}*.npz"))  # no hidden files
         shards = [path for path in paths if not path.stem.endswith("-val")]
         if not shards:
-            fail(f"--dataset-dir has no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
+            fail(f"--dataset-dir {folder}: no {domain}*.npz, but {[*map(str, folder.glob('*'))]}")
         return "from --dataset-dir", [path for path in shards if path.stem == name] or shards
     if not domain:
         fail(f"{args.env_id} is not OGBench's: name the folder of its data with --dataset-dir")
@@ -649,7 +649,7 @@ def or_fail(words):
     try:
         yield
     except Exception as error:
-        fail(f"{words}: {error!r}")
+        fail(f"{words}: {error!r:.300}")
 
 
 def how_to_resume(run_dir):
@@ -681,8 +681,9 @@ def read_tables(run_dir, step):
     """Fill `tables` with a run's rows up to `step`. What it wrote after that is left out."""
     for name in tables:
         path = Path(f"{run_dir}/{name}.csv")
-        rows = csv.DictReader(path.open()) if path.exists() else []
-        tables[name] = [row for row in rows if int(row["step"]) <= step]
+        with or_fail(f"{path} can't be read: move it away to go on without its rows"):
+            rows = csv.DictReader(path.open()) if path.exists() else []
+            tables[name] = [row for row in rows if int(row["step"]) <= step]
 
 
 def log_rows(args, run_dir, name, step, rows):
@@ -761,7 +762,7 @@ def open_run_folder(args, source, paths, dataset):
         run_dir = Path(args.resume)
         before, _ = read_run(run_dir)
         if crcs != before["data"]["crcs"]:
-            fail(f"the run's data is {before['data']['path'][0]}, not {paths[0]}")
+            fail(f"{paths[0]} is not the run's data ({before['data']['words']}): see --dataset-dir")
         if record["script_sha256"] != before["script_sha256"]:
             print(f"{record['script']} was edited since the run; to go on as it began, undo that")
     with or_fail(f"--run-dir {args.run_dir} can't be used"):
@@ -872,8 +873,7 @@ def main(args):
     read_tables(run_dir, step)
     try:
         if step < args.offline_steps or evaluation_is_due(step, args.eval_every, step):
-            begins = "going on" if args.resume else "beginning"
-            tqdm.write(f"{begins} at step {step}: compiling (about 20 s)")
+            tqdm.write(f"training from step {step} on; compiling (about 20 s)")
             envs = start_eval_envs(args)
             act = jax.jit(partial(sample_actions, args, networks))
             train_offline(args, networks, states, env, paths, dataset, act, envs, run_dir)

@@ -280,6 +280,8 @@ def test_offline_checkpoint_that_does_not_fit(finished_run, tmp_path, capsys):
     assert "has tau" in refusal(capsys, parse, qam, *flags, "--tau", "0.1")
     args = parse(qam, *flags, "--seed", "5")
     assert "no seed 5" in refusal(capsys, qam.restore_run, args, None, source)
+    # It would be overwritten by a run of one seed, which the offline script can't go on with.
+    assert "give it to --offline-checkpoint" in refusal(capsys, parse, qam, "--resume", source)
 
 
 def test_offline_checkpoint_of_an_unfinished_run(finished_run, dataset_dir, tmp_path):

@@ -72,14 +72,25 @@ def test_stopped_in_an_evaluation(finished_run, dataset_dir, tmp_path):
     assert_same_rows(finished_run, stopped, "metrics.csv", "eval.csv")
 
 
-def test_damaged_checkpoint_is_told(finished_run, tmp_path):
+@pytest.mark.parametrize(
+    "name, damage, words",
+    [
+        ("checkpoint.msgpack", lambda content: content[:-9], "damaged"),
+        # What the error holds, here the whole file, is cut short.
+        ("checkpoint.msgpack", lambda content: bytes(len(content)), "damaged"),
+        ("eval.csv", lambda content: content.replace(b",", b";"), "move it away"),
+    ],
+)
+def test_damaged_file_is_told_in_a_sentence(name, damage, words, finished_run, tmp_path):
     folder = shutil.copytree(finished_run, tmp_path / "run")
-    checkpoint = folder / "checkpoint.msgpack"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
     done = resume(folder)
     assert done.returncode == 2
-    assert "damaged" in done.stderr
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {path}")
+    assert words in line
+    assert len(line) < 1000
 
 
 def test_another_tau_is_refused(finished_run, tmp_path):
