@@ -126,7 +126,7 @@ def read_checkpoint(path):
     try:
         return flax.serialization.msgpack_restore(path.read_bytes())["states"]
     except Exception as error:  # of msgpack, whatever is damaged
-        fail(f"{path} is not there, or damaged ({error!r})")
+        fail(f"{path} is not there, or damaged ({error!r:.300})")
 
 
 def steps_done(record, states):
