@@ -49,7 +49,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from contextlib import contextmanager
@@ -730,8 +729,7 @@ def log_rows(args, run_dir, name, step, rows):
         tables[name].append({"step": step, "seed": seed, **row})
         numbers = [f"{key} {value:.4g}" for key, value in row.items() if key != "phase"]
         # But for the last, a time or a speed, which the bar shows.
-        words = f"step {step} seed {seed} {' '.join(numbers[:-1])}"
-        tqdm.write(textwrap.fill(words, 110, subsequent_indent="  "))
+        tqdm.write(f"step {step} seed {seed} {' '.join(numbers[:-1])}")
         if args.track:
             import wandb
 
@@ -909,6 +907,7 @@ def main(args):
         wandb.init(**run, dir=run_dir, config=vars(args))
 
     read_tables(run_dir, step)
+    save_checkpoint(run_dir, states)  # from here on a stop is no loss
     try:
         if step < args.offline_steps or evaluation_is_due(step, args.eval_every, step):
             tqdm.write(f"training from step {step} on; compiling (about 20 s)")

@@ -69,6 +69,11 @@ def has_checkpoint(folder):
     return (folder / "checkpoint.msgpack").exists()
 
 
+def has_learned(folder, first_step=0):
+    """There is a checkpoint from after the first updates: the one at the start is not meant."""
+    return has_checkpoint(folder) and read_states(folder)["step"].max() > first_step
+
+
 def online_rows(folder):
     """The transitions of the online phase in the checkpoint: arrays by name, none before it."""
     return read_states(folder).get("online", {})

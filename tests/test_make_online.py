@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from refusals import refusal
 from stopping import (
     assert_same_rows,
     assert_same_states,
-    has_checkpoint,
+    has_learned,
     has_online_rows,
     start,
     stop,
@@ -171,7 +172,7 @@ def test_killed_in_the_offline_phase(online_scripts, dataset_dir, tmp_path):
 
     run_dir = tmp_path / "killed"
     process = start(script, dataset_dir, run_dir, *flags)
-    wait_for(has_checkpoint, run_dir, process)
+    wait_for(partial(has_learned, first_step=-400), run_dir, process)
     stop(process, signal.SIGKILL, longest_wait=0.5)
     killed = folder_of(run_dir)
     assert not has_online_rows(killed)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from conftest import folder_of, read_states, resume
-from stopping import has_checkpoint, start, stop, wait_for
+from stopping import has_learned, start, stop, wait_for
 
 # What Python there does not have. (Only that: processes and paths are those of this system.)
 LACKING = """
@@ -41,7 +41,7 @@ def test_a_run_without_them(script, flags, steps, dataset_dir, tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run_dir = tmp_path / "runs"
     process = start(script, dataset_dir, run_dir, *flags.split())
-    wait_for(has_checkpoint, run_dir, process)
+    wait_for(has_learned, run_dir, process)
     stop(process, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
     folder = folder_of(run_dir)

@@ -17,6 +17,7 @@ from stopping import (
     check_stopped,
     go_on,
     has_checkpoint,
+    has_learned,
     has_online_rows,
     online_rows,
     start,
@@ -43,7 +44,7 @@ def never_stopped(dataset_dir, tmp_path_factory):
 def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_path, how):
     run_dir = tmp_path / "stopped"
     process = start(OFFLINE, dataset_dir, run_dir, *LONG)
-    wait_for(has_checkpoint, run_dir, process)
+    wait_for(has_learned, run_dir, process)
     printed = stop(process, how, longest_wait=1.0)
     check_stopped(process, how, printed, run_dir)
     stopped = folder_of(run_dir)
@@ -55,13 +56,27 @@ def test_stopped_run_ends_as_if_it_had_not_been(never_stopped, dataset_dir, tmp_
     assert_same_rows(never_stopped, stopped, "metrics.csv", "eval.csv")
 
 
+def test_stopped_before_the_first_update(finished_run, dataset_dir, tmp_path):
+    """By Ctrl-C, which the processes of the evaluation, too, get while they start."""
+    run_dir = tmp_path / "stopped"
+    process = start(OFFLINE, dataset_dir, run_dir)
+    wait_for(has_checkpoint, run_dir, process)
+    printed = stop(process, signal.SIGINT, longest_wait=1.0)
+    assert process.returncode == 128 + signal.SIGINT  # those processes may print tracebacks
+    stopped = folder_of(run_dir)
+    assert not has_learned(stopped)
+    done = go_on(signal.SIGINT, printed, stopped)
+    assert done.returncode == 0, done.stderr
+    assert_same_states(finished_run, stopped)
+
+
 def test_stopped_in_an_evaluation(finished_run, dataset_dir, tmp_path):
     """By Ctrl-C: it is given up, and begins anew when the run is resumed."""
     run_dir = tmp_path / "stopped"
-    # The first checkpoint is the one before the evaluation, whose processes then need a second.
+    # The first from after an update comes before the evaluation, which needs a second to begin.
     flags = "--eval-episodes 500 --checkpoint-minutes 60".split()
     process = start(OFFLINE, dataset_dir, run_dir, *flags)
-    wait_for(has_checkpoint, run_dir, process)
+    wait_for(has_learned, run_dir, process)
     printed = stop(process, signal.SIGINT, shortest_wait=1.5, longest_wait=3.0)
     check_stopped(process, signal.SIGINT, printed, run_dir)
     stopped = folder_of(run_dir)
@@ -141,7 +156,7 @@ def test_killed_in_the_offline_phase(both_phases, dataset_dir, tmp_path):
     """Nothing of the online phase is lost, so that this run, too, ends as one never killed."""
     run_dir = tmp_path / "killed"
     process = start(ONLINE, dataset_dir, run_dir, *BOTH_PHASES)
-    wait_for(has_checkpoint, run_dir, process)
+    wait_for(has_learned, run_dir, process)
     stop(process, signal.SIGKILL, longest_wait=0.3)
     assert process.returncode == -signal.SIGKILL
     killed = folder_of(run_dir)
